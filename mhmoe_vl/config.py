@@ -72,7 +72,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
-        raise ConfigError(f"{path}: 'base' files form a circle: {' -> '.join(map(str, [*chain, path.resolve()]))}")
+        raise ConfigError(
+            f"{path}: 'base' files form a circle: {' -> '.join(map(str, [*chain, path.resolve()]))}"
+        )
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:

@@ -1,0 +1,103 @@
+"""What a feed-forward layer costs: parameters, FLOPs and routing decisions per token, by formula and by counting.
+
+Letters: d token width, h heads, w = d/h row width, f expert width, E experts, k choices, m matrices per expert
+(2, or 3 for GLU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhmoe_vl.moe.routing import cosine_router_dim
+
+
+@dataclass(frozen=True)
+class FfnCost:
+    """Cost of one feed-forward layer.
+
+    Attributes:
+        num_params: all parameters.
+        num_active_params: parameters that one token can touch: everything but the experts, and k experts for each
+            sub-token (at most all of them).
+        flops_per_token: forward floating-point operations of the matrix products (two per multiply-add); biases,
+            activations, softmax and copies are not counted.
+        num_assignments_per_token: rows that reach an expert per token, h * k.
+    """
+
+    num_params: int
+    num_active_params: int
+    flops_per_token: int
+    num_assignments_per_token: int
+
+
+def ffn_cost(
+    kind: str,
+    dim: int,
+    ffn_dim: int,
+    num_experts: int = 1,
+    top_k: int = 1,
+    num_heads: int = 1,
+    *,
+    router: str | None = None,
+    glu: bool = False,
+    bias: bool = True,
+    sub_ln: bool = False,
+) -> FfnCost:
+    """Cost of a layer of ``kind`` (``dense smoe xmoe fine_grained mhmoe``).
+
+    Args:
+        router: ``linear`` or ``cosine``; by default what the kind means (cosine for ``xmoe``).
+        sub_ln: the dense layer normalises its hidden activation.
+    """
+    num_matrices = 3 if glu else 2
+    if kind == "dense":
+        num_params = num_matrices * dim * ffn_dim
+        num_params += (num_matrices - 1) * ffn_dim + dim if bias else 0
+        num_params += 2 * ffn_dim if sub_ln else 0
+        return FfnCost(num_params, num_params, 2 * num_matrices * dim * ffn_dim, 0)
+    if kind != "mhmoe" and num_heads != 1:
+        raise ValueError(f"kind={kind!r} has no sub-tokens: num_heads={num_heads} must be 1")
+    width = dim // num_heads
+    expert_params = num_matrices * width * ffn_dim + ((num_matrices - 1) * ffn_dim + width if bias else 0)
+    if (router or default_router(kind)) == "linear":
+        router_params, router_flops = width * num_experts, 2 * width * num_experts
+    else:
+        router_dim = cosine_router_dim(num_experts)
+        router_params = (width + num_experts) * router_dim + 1
+        router_flops = 2 * (width + num_experts) * router_dim
+    other_params = router_params + (2 * (dim * dim + dim) if kind == "mhmoe" else 0)
+    flops = num_heads * (router_flops + top_k * 2 * num_matrices * width * ffn_dim)
+    flops += 4 * dim * dim if kind == "mhmoe" else 0
+    return FfnCost(
+        num_params=other_params + num_experts * expert_params,
+        num_active_params=other_params + min(num_experts, num_heads * top_k) * expert_params,
+        flops_per_token=flops,
+        num_assignments_per_token=num_heads * top_k,
+    )
+
+
+def default_router(kind: str) -> str:
+    """Router that a kind means unless it is told otherwise: X-MoE is the cosine router, all others are linear."""
+    return "cosine" if kind == "xmoe" else "linear"
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products that ``run()`` really executes, grouped matmuls included.
+
+    torch's own counter gives grouped matmuls zero FLOPs, which would make every MFU figure fiction.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _grouped_mm_flops(a_shape: Sequence[int], b_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """2-d by 3-d: rows are shared out over the groups. 2-d by 2-d: the inner dimension is. 3-d by 3-d: batched."""
+    num_groups = a_shape[0] if len(a_shape) == 3 and len(b_shape) == 3 else 1
+    return 2 * num_groups * a_shape[-2] * a_shape[-1] * b_shape[-1]

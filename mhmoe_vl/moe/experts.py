@@ -1,0 +1,158 @@
+"""A bank of feed-forward experts with stacked weights, and its two interchangeable backends.
+
+Shape suffixes: E experts, A assignments (rows in expert order), D expert input width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BACKENDS = ("auto", "loop", "grouped_mm")
+
+
+class Experts(nn.Module):
+    """``E`` independent two-layer networks ``D -> F -> D`` over rows that are sorted by expert.
+
+    GELU experts compute ``gelu(x W1 + b1) W2 + b2``; GLU experts ``(silu(x Wg) * (x W1)) W2`` (with biases if asked).
+
+    Args:
+        glu: gated experts with three matrices instead of two.
+        backend: ``loop`` (one matmul per expert; the oracle), ``grouped_mm`` (torch's grouped matmul), or ``auto``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        ffn_dim: int,
+        *,
+        glu: bool = False,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if min(num_experts, dim, ffn_dim) < 1:
+            raise ValueError(
+                f"num_experts={num_experts}, dim={dim} and ffn_dim={ffn_dim} must all be positive"
+            )
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        self.num_experts, self.dim, self.ffn_dim = num_experts, dim, ffn_dim
+        self.glu, self.backend = glu, backend
+        # The gate and up projections of GLU experts share one matrix: one matmul instead of two.
+        hidden_dim = 2 * ffn_dim if glu else ffn_dim
+        self.w1_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w2_EFD = nn.Parameter(torch.empty(num_experts, ffn_dim, dim))
+        self.b1_EF = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.b2_ED = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every expert like a Xavier-uniform linear layer of its own size, biases zero."""
+        for weight, fan_out in ((self.w1_EDF, self.ffn_dim), (self.w2_EFD, self.dim)):
+            bound = math.sqrt(6.0 / (weight.shape[1] + fan_out))
+            nn.init.uniform_(weight, -bound, bound)
+        for bias in (self.b1_EF, self.b2_ED):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
+        """Outputs in the order of ``rows_AD``; rows behind the last expert's segment give zeros.
+
+        Args:
+            rows_AD: rows sorted by expert.
+            counts_E: int64, rows of each expert; may sum to less than A.
+        """
+        if torch.is_autocast_enabled(rows_AD.device.type):
+            rows_AD = rows_AD.to(torch.get_autocast_dtype(rows_AD.device.type))
+        if self.resolve_backend(rows_AD) == "loop":
+            return self._forward_loop(rows_AD, counts_E)
+        return self._forward_grouped(rows_AD, counts_E)
+
+    def resolve_backend(self, rows_AD: Tensor) -> str:
+        """The backend that ``auto`` means for these rows.
+
+        On CPU one matmul per expert wins: a grouped call has to fault in one fresh tensor for the whole hidden
+        activation. On CUDA the grouped call wins, and avoids reading the counts back; it needs bfloat16 and strides of
+        16 bytes there.
+        """
+        if self.backend != "auto":
+            return self.backend
+        aligned = all(size * rows_AD.element_size() % 16 == 0 for size in (self.dim, self.ffn_dim))
+        on_gpu = rows_AD.device.type == "cuda" and rows_AD.dtype == torch.bfloat16
+        return "grouped_mm" if on_gpu and aligned else "loop"
+
+    def _activate(self, hidden_AF: Tensor) -> Tensor:
+        if not self.glu:
+            # Exact GELU: the tanh form is 3-5 times slower on CPU.
+            return F.gelu(hidden_AF)
+        gate_AF, up_AF = hidden_AF.chunk(2, dim=-1)
+        return F.silu(gate_AF) * up_AF
+
+    def _forward_loop(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
+        # unbind, not indexing: W[e] in a loop gives autograd one full-size zero gradient per expert.
+        w1, w2 = (w.to(rows_AD.dtype).unbind(0) for w in (self.w1_EDF, self.w2_EFD))
+        b1 = [None] * self.num_experts if self.b1_EF is None else self.b1_EF.to(rows_AD.dtype).unbind(0)
+        b2 = [None] * self.num_experts if self.b2_ED is None else self.b2_ED.to(rows_AD.dtype).unbind(0)
+        counts = counts_E.tolist()
+        tail = rows_AD.shape[0] - sum(counts)
+        segments = rows_AD.split([*counts, tail])
+        outputs = []
+        # Experts without rows run too: their gradients are then zeros instead of None, on every rank alike.
+        for e in range(self.num_experts):
+            hidden = self._activate(_linear(segments[e], w1[e], b1[e]))
+            outputs.append(_linear(hidden, w2[e], b2[e]))
+        return torch.cat([*outputs, torch.zeros_like(segments[-1])])
+
+    def _forward_grouped(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
+        dtype = rows_AD.dtype
+        for name, size in (("dim", self.dim), ("ffn_dim", self.ffn_dim)):
+            if size * rows_AD.element_size() % 16:
+                raise ValueError(
+                    f"grouped_mm needs rows of a multiple of 16 bytes, but {name}={size} in {dtype} is "
+                    f"{size * rows_AD.element_size()} bytes: choose a multiple of {16 // rows_AD.element_size()} "
+                    "or backend='loop'"
+                )
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        row_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
+        expert_A = torch.searchsorted(ends_E, row_A.to(torch.int32), right=True).clamp_max(
+            self.num_experts - 1
+        )
+        hidden_AF = F.grouped_mm(rows_AD.contiguous(), self.w1_EDF.to(dtype), offs=ends_E)
+        if self.b1_EF is not None:
+            hidden_AF = hidden_AF + self.b1_EF.to(dtype).index_select(0, expert_A)
+        hidden_AF = self._activate(hidden_AF)
+        y_AD = _contiguous_grad(F.grouped_mm(hidden_AF, self.w2_EFD.to(dtype), offs=ends_E))
+        if self.b2_ED is not None:
+            y_AD = y_AD + self.b2_ED.to(dtype).index_select(0, expert_A)
+        # Rows behind the last segment are uninitialised memory; where() also keeps it out of the gradients.
+        return torch.where((row_A < ends_E[-1])[:, None], y_AD, 0.0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, ffn_dim={self.ffn_dim}, glu={self.glu}, "
+            f"bias={self.b1_EF is not None}, backend={self.backend}"
+        )
+
+
+def _linear(x: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x @ weight_IO if bias_O is None else torch.addmm(bias_O, x, weight_IO)
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad.contiguous()
+
+
+def _contiguous_grad(x: Tensor) -> Tensor:
+    """Identity whose gradient is contiguous: grouped_mm refuses expanded gradients such as those of ``y.sum()``."""
+    return _ContiguousGrad.apply(x)

@@ -1,0 +1,168 @@
+"""MoE and Multi-Head MoE layers.
+
+Shape suffixes: T tokens, N routed rows (T tokens, or T * num_heads sub-tokens), D width of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from mhmoe_vl.moe.experts import Experts
+from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
+
+ROUTERS = ("linear", "cosine")
+
+
+class MoE(nn.Module):
+    """Sparse mixture of experts: router, dispatcher, experts.
+
+    Args:
+        dim: width of a token.
+        ffn_dim: hidden width of one expert.
+        num_experts: size of the expert pool.
+        top_k: experts per token.
+        router: ``linear`` (softmax of a linear map) or ``cosine`` (X-MoE).
+        gate: ``softmax`` or ``sigmoid`` over the router's scores.
+        renormalize: make the k weights of a token sum to 1 (off in the MH-MoE papers).
+        inner_residual: add the input of the experts to their output (arXiv 2404.15045, equation 6; the official code
+            and arXiv 2411.16205 do not).
+        capacity_factor: None serves every choice; a number drops what exceeds each expert's capacity.
+        glu: SwiGLU experts with three matrices.
+        backend: see :class:`~mhmoe_vl.moe.experts.Experts`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        router: str = "linear",
+        gate: str = "softmax",
+        renormalize: bool = False,
+        inner_residual: bool = False,
+        capacity_factor: float | None = None,
+        glu: bool = False,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if router not in ROUTERS:
+            raise ValueError(f"router={router!r} must be one of {', '.join(ROUTERS)}")
+        self.dim = dim
+        self.inner_residual = inner_residual
+        make_router = LinearRouter if router == "linear" else CosineRouter
+        self.router = make_router(dim, num_experts, top_k, gate=gate, renormalize=renormalize)
+        self.experts = Experts(num_experts, dim, ffn_dim, glu=glu, bias=bias, backend=backend)
+        self.dispatcher: Dispatcher = (
+            DroplessDispatcher() if capacity_factor is None else CapacityDispatcher(capacity_factor)
+        )
+
+    def reset_parameters(self) -> None:
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Mix experts for each token.
+
+        Args:
+            x: ``[..., dim]``.
+            valid: bool ``[...]``; False marks padding, which is neither routed nor counted and gives zeros.
+
+        Returns:
+            ``y`` like ``x``, and the routing (rows in the order of ``x`` flattened).
+        """
+        x_ND = x.reshape(-1, self.dim)
+        routing = self.router(x_ND)
+        if valid is not None:
+            if valid.shape != x.shape[:-1]:
+                raise ValueError(f"valid has shape {tuple(valid.shape)}, tokens have {tuple(x.shape[:-1])}")
+            routing = routing._replace(valid_N=valid.reshape(-1))
+        dispatched = self.dispatcher.dispatch(x_ND, routing)
+        y_AD = self.experts(dispatched.rows_AD, dispatched.counts_E)
+        y_ND = self.dispatcher.combine(y_AD, dispatched)
+        if self.inner_residual:
+            y_ND = y_ND + x_ND
+        if valid is not None:
+            y_ND = torch.where(routing.valid_N[:, None], y_ND, 0.0)
+        return y_ND.reshape(x.shape), dispatched.routing
+
+    def extra_repr(self) -> str:
+        return f"dispatcher={self.dispatcher!r}, inner_residual={self.inner_residual}"
+
+
+class MultiHeadMoE(nn.Module):
+    """Multi-Head Mixture-of-Experts (arXiv 2404.15045; at equal FLOPs, 2411.16205).
+
+    A head layer mixes each token, which is then cut into ``num_heads`` sub-tokens; each is routed on its own through
+    one pool of experts shared by all heads; a merge layer mixes the results. This class only wraps :class:`MoE`: with
+    one head and identity head and merge layers it *is* that layer.
+
+    Args:
+        dim: width of a token; ``num_heads`` must divide it. Experts work on ``dim / num_heads``.
+        num_heads: sub-tokens per token; unrelated to attention heads.
+        Other arguments as for :class:`MoE`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        num_heads: int,
+        top_k: int = 1,
+        *,
+        router: str = "linear",
+        gate: str = "softmax",
+        renormalize: bool = False,
+        inner_residual: bool = False,
+        capacity_factor: float | None = None,
+        glu: bool = False,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head = nn.Linear(dim, dim)
+        self.moe = MoE(
+            dim // num_heads,
+            ffn_dim,
+            num_experts,
+            top_k,
+            router=router,
+            gate=gate,
+            renormalize=renormalize,
+            inner_residual=inner_residual,
+            capacity_factor=capacity_factor,
+            glu=glu,
+            bias=bias,
+            backend=backend,
+        )
+        self.merge = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform head (gain 1/sqrt(2)) and merge layers, biases zero (arXiv 2404.15045, appendix)."""
+        nn.init.xavier_uniform_(self.head.weight, gain=2**-0.5)
+        nn.init.xavier_uniform_(self.merge.weight)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.merge.bias)
+        self.moe.reset_parameters()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """As :meth:`MoE.forward`; the routing has ``num_heads`` rows per token, neighbours in memory."""
+        if valid is not None and valid.shape != x.shape[:-1]:
+            raise ValueError(f"valid has shape {tuple(valid.shape)}, tokens have {tuple(x.shape[:-1])}")
+        sub_ND = self.head(x).reshape(-1, self.dim // self.num_heads)
+        valid_N = None if valid is None else valid.reshape(-1).repeat_interleave(self.num_heads)
+        y_ND, routing = self.moe(sub_ND, valid_N)
+        y = self.merge(y_ND.reshape(x.shape))
+        if valid is not None:
+            y = torch.where(valid[..., None], y, 0.0)
+        return y, routing._replace(num_heads=self.num_heads)

@@ -1,0 +1,175 @@
+"""Routers: which experts a row goes to, and with what weight.
+
+Shape suffixes: N rows (tokens, or sub-tokens under MH-MoE), D row width, E experts, K choices per row,
+R router width of the cosine router.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """What one MoE layer decided for its rows. Row ``n * num_heads + j`` is head ``j`` of token ``n``.
+
+    Attributes:
+        logits_NE: router scores before the gate, float32 (or float64).
+        balance_probs_NE: softmax over experts that the balance loss uses. For the cosine router it is taken at the
+            fixed initial temperature (X-MoE, arXiv 2204.09179, section 3.2), so the loss cannot be lowered by
+            making the gate flat.
+        weights_NK: combine weight of each choice, best choice first; differentiable.
+        experts_NK: chosen experts, int64, best choice first.
+        valid_N: False for padding rows, which were not routed; None if every row is valid.
+        kept_NK: False where a capacity dispatcher dropped the choice; None if nothing can be dropped.
+        num_heads: sub-tokens per token.
+    """
+
+    logits_NE: Tensor
+    balance_probs_NE: Tensor
+    weights_NK: Tensor
+    experts_NK: Tensor
+    valid_N: Tensor | None = None
+    kept_NK: Tensor | None = None
+    num_heads: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_NE.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        return self.experts_NK.shape[-1]
+
+
+def router_dtype(x: Tensor) -> torch.dtype:
+    """At least float32: in bfloat16, ties and rounding send about one row in two hundred to another expert."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def choose_top_k(scores_NE: Tensor, top_k: int) -> Tensor:
+    """Indices ``[N, K]`` of the ``top_k`` largest scores, best first; ties go to the lowest index.
+
+    Repeated argmax instead of ``torch.topk``: its ties are defined, and on CPU it is several times faster for the
+    small K used here.
+    """
+    if top_k == 1:
+        return scores_NE.argmax(dim=-1, keepdim=True)
+    remaining_NE = scores_NE.detach().clone()
+    choices = []
+    for _ in range(top_k):
+        choice_N1 = remaining_NE.argmax(dim=-1, keepdim=True)
+        choices.append(choice_N1)
+        remaining_NE.scatter_(-1, choice_N1, -math.inf)
+    return torch.cat(choices, dim=-1)
+
+
+class _Router(nn.Module):
+    """Shared second half of every router: gate, selection and combine weights."""
+
+    def __init__(self, num_experts: int, top_k: int, *, gate: str, renormalize: bool) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+        if gate not in ("softmax", "sigmoid"):
+            raise ValueError(f"gate={gate!r} must be 'softmax' or 'sigmoid'")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.gate = gate
+        self.renormalize = renormalize
+        # Added to the scores for selection only ("loss-free" balancing, arXiv 2408.15664); zero unless updated.
+        self.register_buffer("selection_bias_E", torch.zeros(num_experts))
+
+    def select(self, logits_NE: Tensor, balance_logits_NE: Tensor) -> Routing:
+        probs_NE = logits_NE.softmax(-1) if self.gate == "softmax" else logits_NE.sigmoid()
+        experts_NK = choose_top_k(probs_NE + self.selection_bias_E.to(probs_NE.dtype), self.top_k)
+        weights_NK = probs_NE.gather(-1, experts_NK)
+        if self.renormalize:
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp_min(1e-9)
+        if self.gate == "softmax" and balance_logits_NE is logits_NE:
+            balance_probs_NE = probs_NE
+        else:
+            balance_probs_NE = balance_logits_NE.softmax(-1)
+        return Routing(logits_NE, balance_probs_NE, weights_NK, experts_NK)
+
+    @torch.no_grad()
+    def update_selection_bias(self, load_E: Tensor, rate: float = 1e-3) -> None:
+        """Move the selection bias towards equal load: ``b += rate * sign(mean(load) - load)``.
+
+        Args:
+            load_E: assignments per expert of the last step, summed over all ranks.
+            rate: step size; 1e-3 in arXiv 2408.15664.
+        """
+        load_E = load_E.to(self.selection_bias_E)
+        self.selection_bias_E += rate * torch.sign(load_E.mean() - load_E)
+
+
+class LinearRouter(_Router):
+    """Bias-free linear scores and a gate: ``softmax(x W)`` (GShard; MH-MoE, arXiv 2404.15045, equation 3)."""
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int = 1, *, gate: str = "softmax", renormalize: bool = False
+    ) -> None:
+        super().__init__(num_experts, top_k, gate=gate, renormalize=renormalize)
+        self.weight_DE = nn.Parameter(torch.empty(dim, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight_DE, std=0.02)
+        nn.init.zeros_(self.selection_bias_E)
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            dtype = router_dtype(x_ND)
+            logits_NE = x_ND.to(dtype) @ self.weight_DE.to(dtype)
+            return self.select(logits_NE, logits_NE)
+
+
+class CosineRouter(_Router):
+    """X-MoE's router (arXiv 2204.09179, equation 5): project, normalise both sides, learnable temperature.
+
+    Args:
+        router_dim: width of the shared space; E/2 in the paper.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        gate: str = "softmax",
+        renormalize: bool = False,
+        router_dim: int | None = None,
+    ) -> None:
+        super().__init__(num_experts, top_k, gate=gate, renormalize=renormalize)
+        self.router_dim = router_dim or cosine_router_dim(num_experts)
+        self.initial_temperature = 0.3 if gate == "softmax" else 0.07
+        self.projection_DR = nn.Parameter(torch.empty(dim, self.router_dim))
+        self.embedding_ER = nn.Parameter(torch.empty(num_experts, self.router_dim))
+        # Learned as a logarithm, so that it stays positive.
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.projection_DR)
+        nn.init.normal_(self.embedding_ER)
+        nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
+        nn.init.zeros_(self.selection_bias_E)
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            dtype = router_dtype(x_ND)
+            rows_NR = nn.functional.normalize(x_ND.to(dtype) @ self.projection_DR.to(dtype), dim=-1, eps=1e-4)
+            experts_ER = nn.functional.normalize(self.embedding_ER.to(dtype), dim=-1, eps=1e-4)
+            cosine_NE = rows_NR @ experts_ER.T
+            logits_NE = cosine_NE / self.log_temperature.to(dtype).exp()
+            return self.select(logits_NE, cosine_NE / self.initial_temperature)
+
+
+def cosine_router_dim(num_experts: int) -> int:
+    """Router width of X-MoE, E/2, but never below 2: on a line, cosines are only -1 and 1."""
+    return max(2, num_experts // 2)
