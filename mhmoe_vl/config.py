@@ -58,7 +58,7 @@ def dump_config(config: Config) -> str:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``tree`` with each ``a.b=c`` applied; values are parsed as YAML."""
-    merged = OmegaConf.create(tree)
+    merged: Any = OmegaConf.create(tree)
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key.strip():
@@ -72,9 +72,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
-        raise ConfigError(
-            f"{path}: 'base' files form a circle: {' -> '.join(map(str, [*chain, path.resolve()]))}"
-        )
+        raise ConfigError(f"{path}: 'base' files form a circle: {' -> '.join(map(str, [*chain, path.resolve()]))}")
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
@@ -86,7 +84,7 @@ def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     bases = loaded.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for base in bases:
         merged = OmegaConf.merge(merged, _load_tree(path.parent / base, (*chain, path.resolve())))
     return _plain(OmegaConf.merge(merged, loaded))

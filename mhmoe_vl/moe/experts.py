@@ -36,9 +36,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if min(num_experts, dim, ffn_dim) < 1:
-            raise ValueError(
-                f"num_experts={num_experts}, dim={dim} and ffn_dim={ffn_dim} must all be positive"
-            )
+            raise ValueError(f"num_experts={num_experts}, dim={dim} and ffn_dim={ffn_dim} must all be positive")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
         self.num_experts, self.dim, self.ffn_dim = num_experts, dim, ffn_dim
@@ -119,9 +117,7 @@ class Experts(nn.Module):
                 )
         ends_E = counts_E.cumsum(0).to(torch.int32)
         row_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
-        expert_A = torch.searchsorted(ends_E, row_A.to(torch.int32), right=True).clamp_max(
-            self.num_experts - 1
-        )
+        expert_A = torch.searchsorted(ends_E, row_A.to(torch.int32), right=True).clamp_max(self.num_experts - 1)
         hidden_AF = F.grouped_mm(rows_AD.contiguous(), self.w1_EDF.to(dtype), offs=ends_E)
         if self.b1_EF is not None:
             hidden_AF = hidden_AF + self.b1_EF.to(dtype).index_select(0, expert_A)

@@ -13,9 +13,7 @@ class FeedForward(nn.Module):
         sub_ln: normalise the hidden activation before the second matrix (Magneto, arXiv 2210.06423), as BEiT-3 does.
     """
 
-    def __init__(
-        self, dim: int, ffn_dim: int, *, glu: bool = False, bias: bool = True, sub_ln: bool = False
-    ) -> None:
+    def __init__(self, dim: int, ffn_dim: int, *, glu: bool = False, bias: bool = True, sub_ln: bool = False) -> None:
         super().__init__()
         self.glu = glu
         self.w1 = nn.Linear(dim, 2 * ffn_dim if glu else ffn_dim, bias=bias)

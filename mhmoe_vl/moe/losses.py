@@ -20,15 +20,11 @@ def expert_load(routing: Routing, valid: Tensor | None = None) -> Tensor:
     valid_N = rows_valid(routing, valid)
     experts_NK = routing.experts_NK
     load_E = torch.zeros(routing.num_experts, dtype=torch.long, device=experts_NK.device)
-    ones_NK = (
-        torch.ones_like(experts_NK) if valid_N is None else valid_N.long()[:, None].expand_as(experts_NK)
-    )
+    ones_NK = torch.ones_like(experts_NK) if valid_N is None else valid_N.long()[:, None].expand_as(experts_NK)
     return load_E.scatter_add_(0, experts_NK.flatten(), ones_NK.flatten())
 
 
-def balance_loss(
-    routing: Routing, valid: Tensor | None = None, *, global_load_E: Tensor | None = None
-) -> Tensor:
+def balance_loss(routing: Routing, valid: Tensor | None = None, *, global_load_E: Tensor | None = None) -> Tensor:
     """Load-balance loss ``E * sum_e load_e * mean_gate_e``; exactly 1 when load or gate is uniform.
 
     GShard / MH-MoE (arXiv 2404.15045, equation 10), with all K choices counted and padding left out.

@@ -70,6 +70,8 @@ def choose_top_k(scores_NE: Tensor, top_k: int) -> Tensor:
 class _Router(nn.Module):
     """Shared second half of every router: gate, selection and combine weights."""
 
+    selection_bias_E: Tensor
+
     def __init__(self, num_experts: int, top_k: int, *, gate: str, renormalize: bool) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
