@@ -1,0 +1,1 @@
+"""The multiway encoder and its heads; everything here runs on a single device and knows nothing of ranks."""

@@ -1,0 +1,130 @@
+"""Configuration of the encoder; ``configs/model/*.yaml`` holds the named sizes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mhmoe_vl.config import Config
+from mhmoe_vl.moe import FfnShape, match_ffn
+from mhmoe_vl.moe.cost import default_router
+
+Positive = Annotated[int, Field(gt=0)]
+Modality = Literal["vision", "text"]
+MODALITIES: tuple[Modality, ...] = ("vision", "text")
+
+
+class MoEConfig(Config):
+    """Sparse feed-forward layers. Sizes are those of the reference SMoE; ``match`` derives the rest.
+
+    Attributes:
+        num_experts, top_k: E0 and k0 of the reference SMoE, whose experts are ``model.ffn_dim`` wide.
+        num_heads: sub-tokens per token of ``mhmoe``.
+        choices: k of ``mhmoe`` (per sub-token) and ``fine_grained``.
+        match: what is held equal to the reference: ``flops`` (and parameters), ``params``, or ``none``.
+        every: every n-th block is sparse.
+        experts: one pool per modality, or one pool shared by both.
+        router: ``linear`` or ``cosine``; None is what the kind means.
+        balance_weight, z_weight: weights of the auxiliary losses.
+        selection_bias_rate: rate of loss-free balancing; 0 turns it off.
+    """
+
+    num_experts: Positive = 8
+    top_k: Positive = 1
+    num_heads: Positive = 4
+    choices: Positive = 1
+    match: Literal["flops", "params", "none"] = "flops"
+    every: Positive = 2
+    experts: Literal["per_modality", "shared"] = "per_modality"
+    router: Literal["linear", "cosine"] | None = None
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    inner_residual: bool = False
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    z_weight: Annotated[float, Field(ge=0)] = 0.0
+    selection_bias_rate: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ModelConfig(Config):
+    """A BEiT-3-style multiway encoder (arXiv 2208.10442).
+
+    Attributes:
+        ffn: kind of the sparse blocks' feed-forward layer, the one word that a comparison changes.
+        shared_attention: one set of attention weights for both modalities (the paper) or one each (the release).
+        vl_ffn_layers: top blocks with a third, joint feed-forward for image-text pairs (paper: 3; release: 0).
+        tie_embeddings: the MLM head shares the token embedding (the release has its own).
+    """
+
+    dim: Positive
+    depth: Positive
+    num_heads: Positive
+    ffn_dim: Positive
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    vocab_size: Positive = 64010
+    max_text_length: Positive = 1024
+    num_visual_codes: Positive = 8192
+    modalities: tuple[Modality, ...] = MODALITIES
+    ffn: Literal["dense", "smoe", "xmoe", "fine_grained", "mhmoe"] = "mhmoe"
+    moe: MoEConfig = MoEConfig()
+    glu: bool = False
+    sub_ln: bool = True
+    shared_attention: bool = False
+    vl_ffn_layers: Annotated[int, Field(ge=0)] = 0
+    tie_embeddings: bool = False
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide dim={self.dim}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
+        if self.vl_ffn_layers > self.depth:
+            raise ValueError(f"vl_ffn_layers={self.vl_ffn_layers} exceeds depth={self.depth}")
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"modalities={self.modalities} must name 'vision', 'text' or both, once each")
+        if self.ffn != "dense":
+            shape = self.ffn_shape
+            if self.moe.match == "flops" and not shape.is_matched:
+                raise ValueError(
+                    f"moe: no sizes match the reference SMoE within 2 % (best: ffn_dim={shape.ffn_dim}, "
+                    f"num_experts={shape.num_experts}, FLOPs {shape.flops_mismatch:+.1%}, parameters "
+                    f"{shape.params_mismatch:+.1%}); change moe.num_heads, moe.choices, moe.num_experts or ffn_dim, "
+                    "or set moe.match=none"
+                )
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def ffn_shape(self) -> FfnShape:
+        """Sizes of the sparse blocks' feed-forward layer."""
+        return match_ffn(
+            self.ffn,
+            self.dim,
+            self.ffn_dim,
+            self.moe.num_experts,
+            self.moe.top_k,
+            self.moe.num_heads,
+            self.moe.choices,
+            self.moe.match,
+            self.glu,
+        )
+
+    @property
+    def router(self) -> str:
+        return self.moe.router or default_router(self.ffn)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Every ``moe.every``-th block, counted so that the first block is dense."""
+        return self.ffn != "dense" and layer % self.moe.every == self.moe.every - 1
+
+    def has_vl_ffn(self, layer: int) -> bool:
+        return layer >= self.depth - self.vl_ffn_layers

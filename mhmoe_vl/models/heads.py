@@ -1,0 +1,72 @@
+"""Task heads: modules that hold weights, nothing else.
+
+Shape suffixes: B samples, N selected positions, L text tokens, D width, V vocabulary, A answers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_vl.models.encoder import initial_std
+
+
+class TokenHead(nn.Module):
+    """Scores over a vocabulary (MLM, captions) or a visual codebook (MIM): one linear layer, as in BEiT-3.
+
+    Args:
+        tied_weight: use this ``[V, D]`` embedding instead of own weights.
+    """
+
+    def __init__(self, dim: int, num_tokens: int, tied_weight: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, num_tokens)
+        nn.init.trunc_normal_(self.linear.weight, std=initial_std(dim))
+        nn.init.zeros_(self.linear.bias)
+        if tied_weight is not None:
+            self.linear.weight = tied_weight
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits ``[N, V]``."""
+        return self.linear(hidden_ND)
+
+
+class VqaHead(nn.Module):
+    """Pooled class token to scores of the answer list (BEiT-3: norm, linear, tanh; then a two-layer classifier)."""
+
+    def __init__(self, dim: int, num_answers: int) -> None:
+        super().__init__()
+        self.pooler = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Tanh())
+        self.classifier = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_answers)
+        )
+        _initialize(self, dim)
+
+    def forward(self, class_token_BD: Tensor) -> Tensor:
+        """Logits ``[B, A]``."""
+        return self.classifier(self.pooler(class_token_BD))
+
+
+class Nlvr2Head(nn.Module):
+    """Class token and first text token of both passes, ``4 D`` wide, to false / true (BEiT-3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(
+            nn.Linear(4 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, 2)
+        )
+        _initialize(self, dim)
+        with torch.no_grad():
+            # Starting near zero keeps the first steps from disturbing the encoder (BEiT-3's own factor).
+            self.classifier[-1].weight *= 1e-3
+
+    def forward(self, left_B2D: Tensor, right_B2D: Tensor) -> Tensor:
+        """Logits ``[B, 2]`` from ``[B, 2, D]`` (class token, first text token) of each pass."""
+        return self.classifier(torch.cat([left_B2D.flatten(1), right_B2D.flatten(1)], dim=-1))
+
+
+def _initialize(head: nn.Module, dim: int) -> None:
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=initial_std(dim))
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,88 @@
+"""The simplest visual tokenizer: the nearest of K mean patches. Kept as a baseline for learned tokenizers.
+
+Shape suffixes: B images, P patches, C values of a patch (3 * patch_size^2), K codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mhmoe_vl.errors import DataError
+from mhmoe_vl.models.embeddings import normalize_pixels
+
+FORMAT = "mhmoe_vl/visual-codebook/1"
+
+
+class VisualCodebook(nn.Module):
+    """Assigns each patch the number of its nearest code (squared Euclidean distance between pixel values in [-1, 1]).
+
+    Args:
+        codes_KC: float32 codes.
+        patch_size: side of a patch in pixels.
+    """
+
+    codes_KC: Tensor
+
+    def __init__(self, codes_KC: Tensor, patch_size: int) -> None:
+        super().__init__()
+        if codes_KC.ndim != 2 or codes_KC.shape[1] != 3 * patch_size**2:
+            raise ValueError(f"codes of shape {tuple(codes_KC.shape)} do not fit patches of {patch_size} px")
+        self.patch_size = patch_size
+        # The codebook is part of the targets, not of the model: it stays out of checkpoints and optimizers.
+        self.register_buffer("codes_KC", codes_KC.float(), persistent=False)
+
+    @property
+    def num_codes(self) -> int:
+        return self.codes_KC.shape[0]
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Codes of every patch, int64 ``[B, P]``, row by row; ``image`` is uint8 ``[B, 3, H, W]``."""
+        patches_BPC = to_patches(normalize_pixels(image), self.patch_size)
+        # argmin |x - c|^2 = argmin |c|^2 - 2 x.c: no [B, P, K, C] tensor.
+        distance_BPK = self.codes_KC.square().sum(-1) - 2 * patches_BPC @ self.codes_KC.T
+        return distance_BPK.argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes_BP: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image of mean patches, float in [-1, 1], ``[B, 3, H, W]``."""
+        patches = self.codes_KC[codes_BP].unflatten(-1, (3, self.patch_size, self.patch_size)).unflatten(1, grid)
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (safetensors), by way of a temporary name."""
+        temporary = path.with_name(path.name + ".tmp")
+        metadata = {"format": FORMAT, "config": json.dumps({"patch_size": self.patch_size})}
+        save_file({"codes": self.codes_KC.contiguous()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: Path) -> VisualCodebook:
+        """Read a codebook.
+
+        Raises:
+            DataError: no such file, or not a codebook.
+        """
+        if not path.is_file():
+            raise DataError(f"{path}: no such visual codebook; make one with python -m data_prep.fit_visual_codebook")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise DataError(f"{path}: is not a visual codebook ({FORMAT})")
+                return VisualCodebook(file.get_tensor("codes"), json.loads(metadata["config"])["patch_size"])
+        except SafetensorError as error:
+            raise DataError(f"{path}: not readable as safetensors: {error}") from None
+
+
+def to_patches(image_B3HW: Tensor, patch_size: int) -> Tensor:
+    """Non-overlapping patches ``[B, P, 3 * patch_size^2]``, row by row, channels first within a patch."""
+    grid = image_B3HW.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
