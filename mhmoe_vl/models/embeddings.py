@@ -5,6 +5,8 @@ Shape suffixes: B samples, P patches, L text tokens, D width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,12 +57,7 @@ class VisionEmbedding(nn.Module):
         return torch.cat([class_token.to(x_BPD.dtype), x_BPD], dim=1) + self._positions_for(grid)
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
-        if grid == (self.grid, self.grid):
-            return self.positions
-        of_class, of_patches = self.positions[:, :1], self.positions[:, 1:]
-        square = of_patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([of_class, resized.flatten(2).transpose(1, 2).to(of_patches.dtype)], dim=1)
+        return self.positions if grid == (self.grid, self.grid) else resize_positions(self.positions, grid)
 
 
 class TextEmbedding(nn.Module):
@@ -92,6 +89,15 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"text of {end} tokens exceeds max_text_length={self.max_length}")
         x_BLD = self.tokens(ids_BL) + self.positions[:, first_position:end]
         return x_BLD if valid_BL is None else torch.where(valid_BL[..., None], x_BLD, 0.0)
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubically resize a square table ``[1, 1 + side^2, D]``, class token first, to ``grid`` rows and columns."""
+    of_class, of_patches = positions[:, :1], positions[:, 1:]
+    side = math.isqrt(of_patches.shape[1])
+    square = of_patches.transpose(1, 2).unflatten(2, (side, side))
+    resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([of_class, resized.flatten(2).transpose(1, 2).to(of_patches.dtype)], dim=1)
 
 
 def normalize_pixels(image: Tensor) -> Tensor:

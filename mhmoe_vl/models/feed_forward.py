@@ -38,11 +38,13 @@ class LayerRouting(NamedTuple):
         cut = self.num_vision_tokens * self.routing.num_heads
         num_rows = self.routing.experts_NK.shape[0]
         spans = {"vision": slice(0, cut), "text": slice(cut, num_rows)}
-        return {
-            name: Routing(*(x[span] if isinstance(x, Tensor) else x for x in self.routing))
-            for name, span in spans.items()
-            if span.stop > span.start
-        }
+        return {name: _rows(self.routing, span) for name, span in spans.items() if span.stop > span.start}
+
+
+def _rows(routing: Routing, span: slice) -> Routing:
+    return routing._replace(
+        **{name: value[span] for name, value in routing._asdict().items() if isinstance(value, Tensor)}
+    )
 
 
 def build_feed_forward(config: ModelConfig, *, sparse: bool) -> nn.Module:
@@ -73,7 +75,7 @@ class MultiwayFeedForward(nn.Module):
         self.layer = layer
         sparse = config.is_sparse(layer)
         self.is_shared = sparse and config.moe.experts == "shared"
-        pools = ["shared"] if self.is_shared else list(config.modalities)
+        pools: list[str] = ["shared"] if self.is_shared else list(config.modalities)
         if config.has_vl_ffn(layer):
             pools.append("joint")
         self.pools = nn.ModuleDict({pool: build_feed_forward(config, sparse=sparse) for pool in pools})

@@ -18,13 +18,13 @@ class TokenHead(nn.Module):
         tied_weight: use this ``[V, D]`` embedding instead of own weights.
     """
 
-    def __init__(self, dim: int, num_tokens: int, tied_weight: nn.Parameter | None = None) -> None:
+    def __init__(self, dim: int, num_tokens: int, tied_weight: Tensor | None = None) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, num_tokens)
         nn.init.trunc_normal_(self.linear.weight, std=initial_std(dim))
         nn.init.zeros_(self.linear.bias)
         if tied_weight is not None:
-            self.linear.weight = tied_weight
+            self.linear.weight = tied_weight  # type: ignore[assignment]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits ``[N, V]``."""
@@ -52,13 +52,12 @@ class Nlvr2Head(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.classifier = nn.Sequential(
-            nn.Linear(4 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, 2)
-        )
+        output = nn.Linear(2 * dim, 2)
+        self.classifier = nn.Sequential(nn.Linear(4 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), output)
         _initialize(self, dim)
         with torch.no_grad():
             # Starting near zero keeps the first steps from disturbing the encoder (BEiT-3's own factor).
-            self.classifier[-1].weight *= 1e-3
+            output.weight.mul_(1e-3)
 
     def forward(self, left_B2D: Tensor, right_B2D: Tensor) -> Tensor:
         """Logits ``[B, 2]`` from ``[B, 2, D]`` (class token, first text token) of each pass."""

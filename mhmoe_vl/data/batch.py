@@ -1,0 +1,120 @@
+"""What the loader hands to a task.
+
+Shape suffixes: B samples, P patches, L text tokens, A answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from mhmoe_vl.data.masking import IGNORE
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample, before it is put into a batch. Fields as in :class:`Batch`, without the first dimension."""
+
+    sample_id: str
+    seed: int
+    image: Tensor | None = None
+    right_image: Tensor | None = None
+    image_mask: Tensor | None = None
+    text_ids: list[int] | None = None
+    text_targets: list[int] | None = None
+    answer_scores: Tensor | None = None
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one kind; fields that the kind does not have are None.
+
+    Attributes:
+        sample_ids: which samples these are.
+        seed: int64 ``[B]``, the seed of every sample.
+        image: uint8 ``[B, 3, H, W]``; for image pairs the left one.
+        right_image: the right image of a pair of images.
+        image_mask: bool ``[B, P]``, True where the patch is hidden and to be predicted.
+        text_ids: int64 ``[B, L]``, masked where the objective masks, padded on the right.
+        text_valid: bool ``[B, L]``, False for padding.
+        text_targets: int64 ``[B, L]``, -100 where nothing is predicted.
+        answer_scores: float32 ``[B, A]``, soft VQA targets.
+        label: int64 ``[B]``; -1 where it is not known.
+        problems: one line for each broken sample that was replaced by its neighbour.
+    """
+
+    sample_ids: tuple[str, ...]
+    seed: Tensor
+    image: Tensor | None = None
+    right_image: Tensor | None = None
+    image_mask: Tensor | None = None
+    text_ids: Tensor | None = None
+    text_valid: Tensor | None = None
+    text_targets: Tensor | None = None
+    answer_scores: Tensor | None = None
+    label: Tensor | None = None
+    problems: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+def collate(examples: Sequence[Example], template: Example, *, pad_id: int, problems: Sequence[str] = ()) -> Batch:
+    """Stack examples; texts are padded to the longest.
+
+    Args:
+        template: an example of this kind; says which fields exist, and their shapes, when ``examples`` is empty (a
+            rank without samples must still run every module).
+    """
+
+    def stacked(name: str) -> Tensor | None:
+        like = getattr(template, name)
+        if like is None:
+            return None
+        if not examples:
+            return like.new_empty(0, *like.shape)
+        return torch.stack([getattr(example, name) for example in examples])
+
+    text_ids = text_valid = text_targets = None
+    if template.text_ids is not None:
+        texts = [example.text_ids or [] for example in examples]
+        length = max((len(ids) for ids in texts), default=2)
+        text_ids = _padded(texts, length, pad_id)
+        text_valid = _padded([[1] * len(ids) for ids in texts], length, 0).bool()
+        if template.text_targets is not None:
+            text_targets = _padded([example.text_targets or [] for example in examples], length, IGNORE)
+    labels = None if template.label is None else torch.tensor([e.label for e in examples], dtype=torch.long)
+    return Batch(
+        sample_ids=tuple(example.sample_id for example in examples),
+        seed=torch.tensor([example.seed for example in examples], dtype=torch.long),
+        image=stacked("image"),
+        right_image=stacked("right_image"),
+        image_mask=stacked("image_mask"),
+        text_ids=text_ids,
+        text_valid=text_valid,
+        text_targets=text_targets,
+        answer_scores=stacked("answer_scores"),
+        label=labels,
+        problems=tuple(problems),
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    padded = torch.full((len(rows), length), value, dtype=torch.long)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return padded

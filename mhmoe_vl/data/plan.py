@@ -1,0 +1,107 @@
+"""The order of training data: a pure function of seed, step and source sizes.
+
+Sample number n of a source is item ``permutation(seed, source, epoch)[n mod size]`` of epoch ``n div size``. How many
+samples each source gives to step t follows from the weights alone. Nothing else is state: a run resumes exactly from
+its step number, on any number of ranks and workers, and every item is seen once per epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class SampleRef(NamedTuple):
+    """One item of a source in one of its epochs."""
+
+    source: str
+    epoch: int
+    item: int
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """Which items make up each step.
+
+    Attributes:
+        num_items: size of every source.
+        weights: share of each source in a step, any positive scale.
+        batch_size: samples of all sources together per step, over all ranks.
+        seed: of the order.
+    """
+
+    num_items: Mapping[str, int]
+    weights: Mapping[str, float]
+    batch_size: int
+    seed: int
+
+    def num_consumed(self, step: int) -> dict[str, int]:
+        """Samples that each source has given before ``step``.
+
+        Largest-remainder rounding of ``step * batch_size * weight``: totals are exact at every step, and each source
+        stays within one sample of its share.
+        """
+        total = step * self.batch_size
+        sum_of_weights = sum(Fraction(weight) for weight in self.weights.values())
+        exact = {source: total * Fraction(weight) / sum_of_weights for source, weight in self.weights.items()}
+        consumed = {source: int(share) for source, share in exact.items()}
+        by_remainder = sorted(exact, key=lambda source: (consumed[source] - exact[source], source))
+        for source in by_remainder[: total - sum(consumed.values())]:
+            consumed[source] += 1
+        return consumed
+
+    def numbers(self, step: int) -> dict[str, range]:
+        """Sample numbers that each source gives to ``step``."""
+        start, end = self.num_consumed(step), self.num_consumed(step + 1)
+        return {source: range(start[source], max(start[source], end[source])) for source in self.weights}
+
+    def micro_batch(
+        self, step: int, *, index: int = 0, num_micro_batches: int = 1, rank: int = 0, world_size: int = 1
+    ) -> dict[str, list[SampleRef]]:
+        """This rank's part of one micro-batch of ``step``.
+
+        A micro-batch is a fixed slice of the *global* step, shared out over the ranks: what is computed together does
+        not depend on the number of ranks. Parts may differ by one sample, and may be empty.
+        """
+        return {
+            source: [
+                self._ref(source, number) for number in part(part(numbers, index, num_micro_batches), rank, world_size)
+            ]
+            for source, numbers in self.numbers(step).items()
+        }
+
+    def _ref(self, source: str, number: int) -> SampleRef:
+        epoch, position = divmod(number, self.num_items[source])
+        key = f"{self.seed}/{source}/{epoch}"
+        return SampleRef(source, epoch, permuted(position, self.num_items[source], key))
+
+
+def part(items: range, index: int, num_parts: int) -> range:
+    """The ``index``-th of ``num_parts`` consecutive parts whose sizes differ by at most one."""
+    return items[index * len(items) // num_parts : (index + 1) * len(items) // num_parts]
+
+
+def permuted(position: int, size: int, key: str, *, num_rounds: int = 6) -> int:
+    """Image of ``position`` under a pseudo-random permutation of ``range(size)`` that ``key`` names.
+
+    A Feistel network over the next even number of bits, walked until it lands inside: constant memory however large
+    the data set is.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    value = position
+    while True:
+        left, right = value >> half_bits, value & half_mask
+        for round_number in range(num_rounds):
+            left, right = right, left ^ (stable_hash(f"{key}/{round_number}/{right}") & half_mask)
+        value = (left << half_bits) | right
+        if value < size:
+            return value
+
+
+def stable_hash(text: str) -> int:
+    """A 63-bit hash that is the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,1 @@
+"""The training loop and the assembly of a run: ``python -m mhmoe_vl.train --config FILE a.b=c``."""

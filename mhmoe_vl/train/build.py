@@ -1,0 +1,167 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mhmoe_vl.data.image import ImageTransform
+from mhmoe_vl.data.loader import ShardDataset, Source
+from mhmoe_vl.data.samples import (
+    ImageSamples,
+    Nlvr2Samples,
+    PairSamples,
+    PatchMasking,
+    SampleBuilder,
+    TextSamples,
+    VqaSamples,
+)
+from mhmoe_vl.data.text import TextTokenizer
+from mhmoe_vl.errors import ConfigError, DataError
+from mhmoe_vl.models.embeddings import resize_positions
+from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.tasks.base import Task
+from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
+from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
+from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
+from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
+from mhmoe_vl.train.config import RunConfig, SourceConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_task(config: RunConfig) -> Task:
+    """The task's model with fresh weights, the same for the same seed.
+
+    Raises:
+        ConfigError: a codebook that does not fit the model.
+        DataError: a file that the task needs is missing or malformed.
+    """
+    torch.manual_seed(config.seed)
+    model, task = config.model, config.task
+    if isinstance(task, PretrainConfig):
+        codebook = VisualCodebook.load(Path(task.visual_codebook))
+        for name, found, wanted in (
+            ("num_visual_codes", codebook.num_codes, model.num_visual_codes),
+            ("patch_size", codebook.patch_size, model.patch_size),
+        ):
+            if found != wanted:
+                raise ConfigError(
+                    f"model.{name}: {wanted}, but {task.visual_codebook} has {found}; set model.{name}={found}"
+                )
+        return PretrainTask(model, task, codebook)
+    if isinstance(task, VqaConfig):
+        return VqaTask(model, task, num_answers=len(load_answers(task.answers)))
+    if isinstance(task, Nlvr2Config):
+        return Nlvr2Task(model, task)
+    return CaptioningTask(model, task)
+
+
+def load_answers(path: str | Path) -> list[str]:
+    """The answer list that ``data_prep.pack_vqa`` wrote.
+
+    Raises:
+        DataError: absent or malformed.
+    """
+    try:
+        answers = json.loads(Path(path).read_text())["answers"]
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such answer list; data_prep.pack_vqa writes answers.json beside the shards"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not an answer list: {error}") from None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{path}: 'answers' must be a list of strings with at least one answer")
+    return answers
+
+
+def load_tokenizer(config: RunConfig) -> TextTokenizer:
+    """The text tokenizer, checked against the model's vocabulary."""
+    tokenizer = TextTokenizer.load(config.data.text_tokenizer)
+    if tokenizer.num_tokens > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is too small for {config.data.text_tokenizer}, which has "
+            f"{tokenizer.num_tokens} tokens; set model.vocab_size={tokenizer.num_tokens} or more"
+        )
+    return tokenizer
+
+
+def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, training: bool) -> ShardDataset:
+    """Sources of one split, with augmentation only in training.
+
+    Validation has its own fixed seed, so that its masks are the same in every run and at every step.
+    """
+    tokenizer = load_tokenizer(config)
+    built = {
+        name: Source(name, source.paths, _build_samples(config, source, tokenizer, training=training))
+        for name, source in sources.items()
+    }
+    return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
+
+
+def _build_samples(
+    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, *, training: bool
+) -> SampleBuilder:
+    data, model, task = config.data, config.model, config.task
+    transform = ImageTransform(model.image_size, data.augment if training else None)
+    masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
+    if source.kind == "image":
+        return ImageSamples(transform, masking)
+    if source.kind == "text":
+        return TextSamples(tokenizer, data.text_length, data.text_mask_ratio)
+    if source.kind == "vqa":
+        assert isinstance(task, VqaConfig)
+        return VqaSamples(transform, tokenizer, data.text_length, load_answers(task.answers))
+    if source.kind == "nlvr2":
+        return Nlvr2Samples(transform, tokenizer, data.text_length)
+    if isinstance(task, CaptioningConfig):
+        return PairSamples(transform, tokenizer, data.text_length, task.mask_ratio, None, include_end=True)
+    return PairSamples(transform, tokenizer, data.text_length, data.pair_text_mask_ratio, masking)
+
+
+def transfer_weights(task: Task, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Start from another run's weights: everything with the same name; other heads stay fresh.
+
+    Position tables of another image size are resized by the encoder's own rule.
+
+    Raises:
+        ConfigError: the encoders do not have the same architecture, naming the first differences.
+    """
+    own = task.state_dict()
+    weights = {name: _resized(name, tensor, own) for name, tensor in weights.items()}
+    problems = [
+        f"{name} is {list(weights[name].shape) if name in weights else 'absent'} there and {list(own[name].shape)} here"
+        for name in own
+        if name.startswith("encoder.") and (name not in weights or weights[name].shape != own[name].shape)
+    ]
+    problems += [f"{name} is not in this model" for name in weights if name.startswith("encoder.") and name not in own]
+    if problems:
+        raise ConfigError(
+            f"init_from: {where}: {len(problems)} tensors of the encoder differ: {'; '.join(problems[:3])}; "
+            "use the model section of that run's config.yaml"
+        )
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape}
+    task.load_state_dict(fitting, strict=False)
+    fresh = sorted({name.split(".")[0] for name in own if name not in fitting})
+    logger.info("%d of %d tensors from %s; fresh: %s", len(fitting), len(own), where, ", ".join(fresh) or "none")
+
+
+def _resized(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name != "encoder.vision_embedding.positions" or name not in own or own[name].shape == tensor.shape:
+        return tensor
+    side = math.isqrt(own[name].shape[1] - 1)
+    return resize_positions(tensor, (side, side))
+
+
+def describe_sources(dataset: ShardDataset, weights: dict[str, float]) -> Sequence[str]:
+    """One line per source: size and share of each step."""
+    total = sum(weights.values())
+    return [
+        f"{name}: {size} items, {weights[name] / total:.0%} of each step" for name, size in dataset.num_items().items()
+    ]

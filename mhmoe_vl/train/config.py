@@ -1,0 +1,125 @@
+"""Everything that a run is made of. Component configurations live beside their component; this file composes them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mhmoe_vl.config import Config
+from mhmoe_vl.data.image import AugmentConfig
+from mhmoe_vl.models.config import ModelConfig
+from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
+from mhmoe_vl.tasks.pretrain import PretrainConfig
+from mhmoe_vl.tasks.vqa import VqaConfig
+from mhmoe_vl.train.optimizer import OptimizerConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+#: Kinds of shard that each task reads.
+SOURCE_KINDS = {
+    "pretrain": ("image", "text", "pair"),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "captioning": ("pair",),
+}
+
+
+class SourceConfig(Config):
+    """Shards that are read together.
+
+    Attributes:
+        kind: ``image``, ``text``, ``pair``, ``vqa`` or ``nlvr2``.
+        shards: directories, files, globs or brace patterns.
+        weight: share of each step, on any scale.
+    """
+
+    kind: Literal["image", "text", "pair", "vqa", "nlvr2"]
+    shards: tuple[str, ...] | str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
+
+
+class DataConfig(Config):
+    """What is read and how it becomes tensors.
+
+    Attributes:
+        train: sources of the training mixture, by name.
+        validation: held-out sources; each is scored on its own.
+        text_tokenizer: ``tokenizer.json``.
+        text_length: tokens per text, ``<s>`` and ``</s>`` included.
+        batch_size: samples per optimizer step, over all ranks and sources.
+        validation_batch_size: samples per rank and forward pass.
+        num_workers: loader processes per rank; 0 loads in the training process.
+    """
+
+    train: dict[str, SourceConfig]
+    validation: dict[str, SourceConfig] = Field(default_factory=dict)
+    text_tokenizer: str
+    text_length: Annotated[int, Field(ge=4)] = 64
+    batch_size: Positive
+    validation_batch_size: Positive = 64
+    augment: AugmentConfig = AugmentConfig()
+    image_mask_ratio: Ratio = 0.4
+    text_mask_ratio: Ratio = 0.15
+    pair_text_mask_ratio: Ratio = 0.5
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class RunConfig(Config):
+    """One run of ``python -m mhmoe_vl.train``.
+
+    Attributes:
+        out: run directory; a run that exists there is resumed.
+        init_from: run directory whose weights to start from (encoder, and heads of the same name and shape).
+        precision: ``auto`` is bfloat16 autocast on GPUs that have it, else float32.
+        strategy: how parameters are spread over ranks; ``auto`` is ``ddp`` with several ranks.
+        num_micro_batches: forward and backward passes per optimizer step, whatever the number of ranks.
+        max_bad_steps: steps in a row that may be skipped because the loss or a gradient is not finite.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+    """
+
+    out: str
+    seed: int = 0
+    task: Annotated[PretrainConfig | VqaConfig | Nlvr2Config | CaptioningConfig, Field(discriminator="kind")]
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_steps: Positive
+    num_micro_batches: Positive = 1
+    init_from: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    log_every: Positive = 10
+    validate_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Positive = 2
+    max_bad_steps: Positive = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        allowed = SOURCE_KINDS[self.task.kind]
+        for split in ("train", "validation"):
+            for name, source in getattr(self.data, split).items():
+                if source.kind not in allowed:
+                    raise ValueError(
+                        f"data.{split}.{name}.kind: '{source.kind}' cannot feed task '{self.task.kind}', "
+                        f"which reads {', '.join(allowed)}"
+                    )
+        if not self.data.train:
+            raise ValueError("data.train: needs at least one source")
+        if self.data.text_length > self.model.max_text_length:
+            raise ValueError(
+                f"data.text_length: {self.data.text_length} exceeds model.max_text_length {self.model.max_text_length}"
+            )
+        if self.optimizer.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} must be below max_steps {self.max_steps}"
+            )
+        return self
