@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhmoe_vl.models.config import ModelConfig
+from mhmoe_vl.models.config import MODALITIES, ModelConfig
 from mhmoe_vl.models.streams import Streams
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, Routing
 
@@ -34,16 +34,22 @@ class LayerRouting(NamedTuple):
         return f"block{self.layer}/{self.pool}"
 
     def by_modality(self) -> dict[str, Routing]:
-        """The same decisions, split into those for image tokens and those for text tokens."""
+        """The same decisions by modality; a pool of both has both, even if one has no tokens here."""
+        if self.pool in MODALITIES:
+            return {self.pool: self.routing}
         cut = self.num_vision_tokens * self.routing.num_heads
-        num_rows = self.routing.experts_NK.shape[0]
-        spans = {"vision": slice(0, cut), "text": slice(cut, num_rows)}
-        return {name: _rows(self.routing, span) for name, span in spans.items() if span.stop > span.start}
+        return {"vision": _rows(self.routing, slice(0, cut)), "text": _rows(self.routing, slice(cut, None))}
 
 
 def _rows(routing: Routing, span: slice) -> Routing:
-    return routing._replace(
-        **{name: value[span] for name, value in routing._asdict().items() if isinstance(value, Tensor)}
+    return Routing(
+        logits_NE=routing.logits_NE[span],
+        balance_probs_NE=routing.balance_probs_NE[span],
+        weights_NK=routing.weights_NK[span],
+        experts_NK=routing.experts_NK[span],
+        valid_N=None if routing.valid_N is None else routing.valid_N[span],
+        kept_NK=None if routing.kept_NK is None else routing.kept_NK[span],
+        num_heads=routing.num_heads,
     )
 
 

@@ -24,7 +24,7 @@ class TokenHead(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=initial_std(dim))
         nn.init.zeros_(self.linear.bias)
         if tied_weight is not None:
-            self.linear.weight = tied_weight  # type: ignore[assignment]
+            self.linear.weight = tied_weight
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits ``[N, V]``."""

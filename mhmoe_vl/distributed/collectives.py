@@ -1,0 +1,109 @@
+"""Collectives that are the identity in a world of one, so that callers need no branch.
+
+Unless it says otherwise, a function here is collective: every rank calls it, in the same order. Objects travel as JSON,
+never as pickles: tuples come back as lists and keys as strings, in a world of one as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhmoe_vl.errors import UserError
+
+ItemT = TypeVar("ItemT")
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks of ``tensor`` (same shape and dtype everywhere), as a new tensor without gradient."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The element-wise maximum over ranks, as a new tensor without gradient."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if ``flag`` is true on at least one."""
+    return bool(all_reduce_max(torch.tensor(int(flag))).item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The JSON-able ``value`` of every rank, in rank order, on every rank."""
+    payload = _encode(value)
+    if not dist.is_initialized():
+        return [_decode(payload)]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]))
+    # Gloo refuses tensors of different lengths, so all are padded to the longest.
+    padded = payload.new_zeros(int(max(sizes)))
+    padded[: payload.numel()] = payload
+    payloads = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(payloads, padded)
+    return [_decode(received[: int(size)]) for received, size in zip(payloads, sizes, strict=True)]
+
+
+def broadcast_object(value: Any) -> Any:
+    """The JSON-able ``value`` of rank 0; what other ranks pass is ignored."""
+    if not dist.is_initialized():
+        return _decode(_encode(value))
+    payload = _encode(value if dist.get_rank() == 0 else None)
+    size = torch.tensor([payload.numel()])
+    dist.broadcast(size, src=0)
+    if dist.get_rank() != 0:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(payload, src=0)
+    return _decode(payload)
+
+
+def barrier() -> None:
+    """Return once every rank has arrived."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share_of_rank(items: Sequence[ItemT]) -> Sequence[ItemT]:
+    """This rank's items when all ranks deal them out in turn. Not collective."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+@contextmanager
+def fail_together(error_type: type[UserError], what: str) -> Iterator[None]:
+    """Run the body on every rank; if it raises on any of them, raise ``error_type`` on all.
+
+    Without this the ranks that did not fail would wait in their next collective until it times out. The body may
+    hold a collective only if that fails on all ranks alike.
+    """
+    problem = None
+    cause: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        problem = " ".join(reason.split())
+    problems = [reported for reported in gather_objects(problem) if reported is not None]
+    if problems:
+        raise error_type(f"{what}: {'; '.join(dict.fromkeys(problems))}") from cause
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    result = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(result, op=operation)
+    return result
+
+
+def _encode(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
+
+
+def _decode(payload: Tensor) -> Any:
+    return json.loads(bytes(payload.tolist()))

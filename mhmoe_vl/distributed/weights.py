@@ -1,0 +1,70 @@
+"""The weights of a model as one safetensors file, whatever strategy trained it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mhmoe_vl.distributed.collectives import fail_together
+from mhmoe_vl.distributed.manifest import flush
+from mhmoe_vl.distributed.parallel import unwrap
+from mhmoe_vl.distributed.world import World
+from mhmoe_vl.errors import CheckpointError, OutputError
+
+_TIED = "tied"
+
+
+def tensor_names(module: nn.Module) -> dict[Tensor, list[str]]:
+    """Parameters and persistent buffers of the unwrapped ``module``, each with its names (several if tied)."""
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in unwrap(module).state_dict(keep_vars=True).items():
+        names.setdefault(tensor, []).append(name)
+    return names
+
+
+def export_weights(path: Path, module: nn.Module, *, world: World) -> None:
+    """Write the whole state dict of the unwrapped ``module`` to the file ``path``. Collective; rank 0 writes.
+
+    A tied weight is stored once, under its first name; the file's metadata maps its other names to that one.
+
+    Raises:
+        OutputError: on every rank, if the file cannot be written; an older file of that name is then untouched.
+    """
+    weights: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for tensor, (name, *aliases) in tensor_names(module).items():
+        # One tensor at a time: only rank 0 ever holds the whole model, in host memory.
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            weights[name] = whole.detach().cpu().contiguous()
+            tied.update(dict.fromkeys(aliases, name))
+    with fail_together(OutputError, f"{path}: cannot write weights"):
+        if world.is_main:
+            partial = path.with_name(f"{path.name}.tmp")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(weights, partial, metadata={"format": "pt", _TIED: json.dumps(tied)})
+            flush(partial)
+            partial.replace(path)
+            flush(path.parent)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, complete for ``load_state_dict`` of the module that was exported. Not collective.
+
+    Any safetensors file will do; pickled weights (``.pt``, ``.bin``) are refused unread.
+
+    Raises:
+        CheckpointError: the file is missing or is not an undamaged safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tied = json.loads((file.metadata() or {}).get(_TIED, "{}"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+    return {**weights, **{alias: weights[name] for alias, name in tied.items()}}

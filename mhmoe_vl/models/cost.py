@@ -1,0 +1,77 @@
+"""What an encoder costs, by formula. Only matrix products count, as in :mod:`mhmoe_vl.moe.cost`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mhmoe_vl.models.config import ModelConfig
+from mhmoe_vl.moe import FfnCost, ffn_cost
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """Cost of the encoder for an image-text pair; task heads are not included.
+
+    Attributes:
+        num_params: all parameters of the encoder.
+        num_active_params: those that an image token or a text token can touch, the larger of the two.
+        flops_per_token: forward FLOPs of the blocks per token, averaged over the tokens of the pair.
+        num_assignments_per_token: rows that reach an expert per token in a sparse block, h * k.
+        num_image_tokens, num_text_tokens: the pair that ``flops_per_token`` speaks of.
+    """
+
+    num_params: int
+    num_active_params: int
+    flops_per_token: int
+    num_assignments_per_token: int
+    num_image_tokens: int
+    num_text_tokens: int
+
+
+def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
+    """Cost for one image and ``num_text_tokens`` text tokens (0 for an encoder without text)."""
+    num_image = 1 + config.num_patches if "vision" in config.modalities else 0
+    num_text = num_text_tokens if "text" in config.modalities else 0
+    length = num_image + num_text
+    dim, num_branches = config.dim, len(config.modalities)
+    attention_flops = 8 * dim * dim + 4 * length * dim
+    attention_params = 4 * (dim * dim + dim) + (2 * dim if config.sub_ln else 0) + 2 * dim
+    params = active = flops = 0
+    for layer in range(config.depth):
+        ffn = block_ffn_cost(config, sparse=config.is_sparse(layer))
+        num_pools = 1 if config.is_sparse(layer) and config.moe.experts == "shared" else num_branches
+        num_pools += config.has_vl_ffn(layer)
+        num_attentions = 1 if config.shared_attention else num_branches
+        # Norms before the feed-forward are one per modality.
+        params += num_attentions * attention_params + num_pools * ffn.num_params + num_branches * 2 * dim
+        active += attention_params + ffn.num_active_params + 2 * dim
+        flops += attention_flops + ffn.flops_per_token
+    final_norms = num_branches * 2 * dim
+    image_table = (3 * config.patch_size**2 + 1) * dim + (3 + config.num_patches) * dim if num_image else 0
+    text_table = (config.vocab_size + config.max_text_length) * dim if "text" in config.modalities else 0
+    assignments = 0 if config.ffn == "dense" else config.ffn_shape.num_heads * config.ffn_shape.top_k
+    return EncoderCost(
+        num_params=params + final_norms + image_table + text_table,
+        num_active_params=active + 2 * dim + max(image_table, text_table),
+        flops_per_token=flops,
+        num_assignments_per_token=assignments,
+        num_image_tokens=num_image,
+        num_text_tokens=num_text,
+    )
+
+
+def block_ffn_cost(config: ModelConfig, *, sparse: bool) -> FfnCost:
+    """Cost of one feed-forward network of a dense or a sparse block."""
+    if not sparse:
+        return ffn_cost("dense", config.dim, config.ffn_dim, glu=config.glu, sub_ln=config.sub_ln)
+    shape = config.ffn_shape
+    return ffn_cost(
+        config.ffn,
+        config.dim,
+        shape.ffn_dim,
+        shape.num_experts,
+        shape.top_k,
+        shape.num_heads,
+        router=config.router,
+        glu=config.glu,
+    )

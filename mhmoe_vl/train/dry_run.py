@@ -1,0 +1,40 @@
+"""Look before training: sizes and costs on the meta device, and whether the data fit."""
+
+from __future__ import annotations
+
+import torch
+
+from mhmoe_vl.models.cost import encoder_cost
+from mhmoe_vl.train.build import build_dataset, build_task
+from mhmoe_vl.train.config import RunConfig
+
+
+def dry_run(config: RunConfig) -> str:
+    """A few lines about model, cost and data; reads one sample of every source.
+
+    Raises:
+        UserError: whatever would stop the real run.
+    """
+    with torch.device("meta"):
+        task = build_task(config)
+    cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
+    lines = [
+        f"task {config.task.kind}, ffn {config.model.ffn}",
+        f"parameters {sum(p.numel() for p in task.parameters()):,} (encoder {cost.num_params:,}, "
+        f"active per token {cost.num_active_params:,})",
+        f"forward FLOPs per token {cost.flops_per_token:,} for {cost.num_image_tokens} image and "
+        f"{cost.num_text_tokens} text tokens; {cost.num_assignments_per_token} assignments per token",
+    ]
+    if config.model.ffn != "dense":
+        shape = config.model.ffn_shape
+        lines.append(
+            f"sparse layers: {shape.num_experts} experts of width {shape.ffn_dim}, top-{shape.top_k}, "
+            f"{shape.num_heads} heads; against the reference SMoE FLOPs {shape.flops_mismatch:+.2%}, parameters "
+            f"{shape.params_mismatch:+.2%}"
+        )
+    for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        dataset = build_dataset(config, sources, training=split == "train")
+        for name, size in dataset.num_items().items():
+            dataset.batch(name, [])  # decodes one sample
+            lines.append(f"{split}.{name}: {size:,} items")
+    return "\n".join(lines) + "\n"
