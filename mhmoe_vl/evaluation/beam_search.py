@@ -70,7 +70,7 @@ def beam_search(
         best_score_BN, best_BN = total_BN.topk(num_candidates, dim=1)
         parents, tokens, scores = [], [], []
         for b, (candidate_scores, candidates) in enumerate(zip(best_score_BN.tolist(), best_BN.tolist(), strict=True)):
-            beams = []
+            beams: list[tuple[float, int, int]] = []
             for score, candidate in zip(candidate_scores, candidates, strict=True):
                 parent, token = divmod(candidate, log_probs_RV.shape[1])
                 if score == float("-inf"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def _usage(codebook: VisualCodebook, images: Tensor) -> tuple[int, float]:
     return int((counts > 0).sum()), float(torch.special.entr(share.double()).sum().exp())
 
 
-def _pictures(shards: Sequence[str], max_images: int, seed: int) -> Iterator:  # type: ignore[type-arg]
+def _pictures(shards: Sequence[str], max_images: int, seed: int) -> Iterator[Image.Image]:
     places: list[tuple[ShardIndex, IndexedSample]] = []
     for path in find_shards(list(shards)):
         index = read_index(path)

@@ -1,0 +1,65 @@
+"""A score with everything that it has to be read beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mhmoe_vl.evaluation.results_files import write_text
+
+
+@dataclass(frozen=True)
+class ScoreCard:
+    """Result of one evaluation.
+
+    Attributes:
+        task: ``vqa``, ``nlvr2`` or ``captioning``.
+        metric: name of the headline figure, with the evaluator's version where there are several.
+        score, majority, blind: the headline figure of the model, of the best constant answer, and without images, in
+            percent (CIDEr times 100). None where a baseline could not be computed.
+        n: scored items.
+        details: further figures.
+        cost: parameters and FLOPs of the model, if it is known.
+        notes: remarks that belong beside the score.
+    """
+
+    task: str
+    metric: str
+    score: float
+    majority: float | None
+    blind: float | None
+    n: int
+    details: Mapping[str, float | None] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    def show(self) -> None:
+        """Print as a table."""
+        table = Table(title=f"{self.task}: {self.metric}", show_header=False)
+        rows: list[tuple[str, str]] = [
+            ("score", f"{self.score:.2f}"),
+            ("majority" if self.task != "captioning" else "best constant caption", _number(self.majority)),
+            ("blind (text only)", _number(self.blind)),
+            ("n", str(self.n)),
+            *((name, _number(value)) for name, value in self.details.items()),
+            *((name.replace("_", " "), f"{value:,}") for name, value in self.cost.items()),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        console = Console()
+        console.print(table)
+        for note in self.notes:
+            console.print(f"note: {note}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "not available" if value is None else f"{value:.2f}"
