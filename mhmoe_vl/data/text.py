@@ -27,6 +27,8 @@ class TextTokenizer:
                 f"{name}: the tokenizer lacks {', '.join(missing)}; "
                 "train one with python -m data_prep.train_text_tokenizer"
             )
+        # A caption that spells out <mask> is text, not a special token.
+        tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
         special: list[int] = [index for index in ids if index is not None]
         self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unknown_id = special

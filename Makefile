@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# Made anew whenever the requirements change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed ## make .venv with everything in it
+
+quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report.html
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash quickstart.sh
+
+test: install ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+check: install ## lint, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+bench: install ## time the layers of all kinds side by side
+	$(BIN)/python -m benchmarks.layers
+
+clean: ## remove the environment, runs and sample data
+	rm -rf $(VENV) runs data/quickstart
+
+.PHONY: help install quickstart test check bench clean

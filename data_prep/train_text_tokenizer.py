@@ -1,0 +1,62 @@
+"""python -m data_prep.train_text_tokenizer data/coco-train data/text --vocab-size 16000 --out data/tokenizer.json
+
+A tokenizer from the texts, captions, questions and sentences of shards, and from the lines of text files. With --clip
+nothing is learnt: the file holds CLIP's vocabulary as it ships with open_clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mhmoe_vl.data.prepare.command_line import positive_int
+from mhmoe_vl.data.prepare.corpus import iterate_texts
+from mhmoe_vl.data.prepare.text_tokenizer import (
+    TOKENIZER_MODELS,
+    clip_tokenizer,
+    tokenizer_statistics,
+    train_tokenizer,
+)
+from mhmoe_vl.data.shards import write_atomically
+from mhmoe_vl.errors import ConfigError, OutputError, exit_on_user_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make a tokenizer; see the top of this file."""
+    args = _parse(argv)
+    with exit_on_user_error():
+        if not args.clip and not args.sources:
+            raise ConfigError("no texts to learn from: name folders of shards or text files, or take --clip")
+        if args.out.exists() and not args.overwrite:
+            raise OutputError(f"{args.out}: exists; add --overwrite, or choose another --out")
+        if args.clip:
+            tokenizer = clip_tokenizer()
+        else:
+            texts = iterate_texts(args.sources)
+            tokenizer = train_tokenizer(texts, vocab_size=args.vocab_size, model=args.model, lowercase=args.lowercase)
+        statistics = tokenizer_statistics(tokenizer, iterate_texts(args.sources)) if args.sources else None
+        write_atomically(args.out, tokenizer.to_str(pretty=True).encode())
+        print(f"{args.out}: vocabulary of {tokenizer.get_vocab_size()} tokens")
+        if statistics:
+            print(
+                f"{statistics.num_texts} texts of {statistics.mean_length:.1f} tokens on average, "
+                f"{statistics.unknown_share:.3%} of them unknown"
+            )
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", help="folders of shards, tars, and text files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=positive_int, default=16000, metavar="N", help="(default 16000)")
+    parser.add_argument("--model", choices=TOKENIZER_MODELS, default="bpe", help="bpe works on bytes (default bpe)")
+    parser.add_argument("--lowercase", action="store_true", help="make no difference between upper and lower case")
+    parser.add_argument("--clip", action="store_true", help="write CLIP's vocabulary; sources are only measured")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Data sets to shards: one reader per source format, one packing core, tokenizer training and verification."""

@@ -1,0 +1,143 @@
+"""What the ``data_prep`` packing scripts have in common: options, running, and the closing table."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mhmoe_vl.data.prepare.packing import SKIPPED, Packing, PackingReport, pack, split_holdout
+from mhmoe_vl.data.prepare.records import Records, make_key
+from mhmoe_vl.data.shards import Skip
+from mhmoe_vl.errors import DataError
+
+_EXAMPLES_SHOWN = 3
+
+
+def packing_parser(
+    description: str | None, *, has_images: bool = True, has_holdout: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the options of every packing script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set to write")
+    parser.add_argument("--name", help="shards are called NAME-00000.tar (default: the name of --out)")
+    parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N")
+    parser.add_argument(
+        "--workers", type=positive_int, default=1, metavar="N", help="processes; the result is the same"
+    )
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="pack at most N samples (per data set)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is in --out")
+    parser.add_argument(
+        "--max-skipped",
+        type=fraction,
+        default=0.05,
+        metavar="SHARE",
+        help="exit with 65 if a larger share of the source was unusable (default 0.05)",
+    )
+    if has_images:
+        parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="image paths are relative to it")
+        parser.add_argument(
+            "--image-size",
+            type=positive_int,
+            metavar="N",
+            help="make images whose shorter side is longer than N pixels smaller (default: keep the original files)",
+        )
+    if has_holdout:
+        parser.add_argument(
+            "--holdout",
+            type=fraction,
+            metavar="SHARE",
+            help="write this share of the samples, chosen by hash of the key, to a second data set OUT-val",
+        )
+    return parser
+
+
+def packing_of(args: argparse.Namespace, kind: str) -> Packing:
+    """The :class:`Packing` that the options of :func:`packing_parser` describe."""
+    return Packing(
+        kind=kind,
+        directory=args.out,
+        name=make_key(args.name or args.out.resolve().name),
+        images=getattr(args, "images", None),
+        image_size=getattr(args, "image_size", None),
+        samples_per_shard=args.samples_per_shard,
+        limit=args.limit,
+        num_workers=args.workers,
+        overwrite=args.overwrite,
+    )
+
+
+def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], Records]) -> int:
+    """Pack what ``read()`` gives, with ``--holdout`` into two folders; print what happened.
+
+    Raises:
+        DataError: after all is written, if more than ``--max-skipped`` was unusable.
+    """
+    holdout = getattr(args, "holdout", None)
+    if holdout is None:
+        return _print_reports([pack(read(), packing)], args.max_skipped)
+    settings = {**packing.settings, "holdout": holdout}
+    val = replace(
+        packing,
+        directory=packing.directory.with_name(packing.directory.name + "-val"),
+        name=f"{packing.name}-val",
+        settings={**settings, "part": "val"},
+    )
+    train = replace(packing, settings={**settings, "part": "train"})
+    reports = [pack(split_holdout(read(), holdout, held_out=part is val), part) for part in (train, val)]
+    return _print_reports(reports, args.max_skipped)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argparse type: 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value}")
+    return value
+
+
+def print_skips(console: Console, skipped: Sequence[Skip], *, title: str) -> None:
+    """A table of reasons with their number and a few examples."""
+    by_reason: Mapping[str, list[Skip]] = defaultdict(list)
+    for skip in skipped:
+        by_reason[skip.reason].append(skip)
+    table = Table("reason", "number", "examples", title=title, title_justify="left")
+    for reason, skips in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        examples = "\n".join(f"{skip.source}: {skip.detail}" for skip in skips[:_EXAMPLES_SHOWN])
+        table.add_row(reason, str(len(skips)), escape(examples))
+    console.print(table)
+
+
+def _print_reports(reports: Sequence[PackingReport], max_skipped: float) -> int:
+    console = Console()
+    for report in reports:
+        console.print(
+            f"{report.directory}: samples {report.num_samples}, items {report.num_items}, shards {report.num_shards}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+        if report.skipped:
+            title = f"skipped {len(report.skipped)} ({report.skipped_share:.1%}), see {report.directory / SKIPPED}"
+            print_skips(console, report.skipped, title=title)
+    worst = max(report.skipped_share for report in reports)
+    if worst > max_skipped:
+        raise DataError(
+            f"{worst:.1%} of the source was unusable, more than --max-skipped {max_skipped:.1%}; the rest is packed: "
+            "mend the source and pack again with --overwrite, or allow it with a larger --max-skipped"
+        )
+    return 0

@@ -1,0 +1,49 @@
+"""All texts of shards and text files, one after the other, for training a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mhmoe_vl.data.decode import captions_of, clean_text, decode_json, decode_text
+from mhmoe_vl.data.prepare.documents import read_documents
+from mhmoe_vl.data.prepare.records import Record
+from mhmoe_vl.data.shards import ShardReader, find_shards, read_index
+from mhmoe_vl.errors import DataError
+
+
+def iterate_texts(paths: Sequence[str]) -> Iterator[str]:
+    """Texts, captions, questions and sentences of shards (folders, ``.tar``), and the lines of other files.
+
+    Raises:
+        DataError: a path is absent, a shard has no index or is damaged, or a folder holds images only.
+    """
+    for path in paths:
+        file = Path(path)
+        if file.is_file() and file.suffix != ".tar":
+            for record in read_documents([file]):
+                if isinstance(record, Record) and record.text:
+                    yield record.text
+        else:
+            yield from _texts_of_shards(find_shards(path))
+
+
+def _texts_of_shards(shards: Sequence[Path]) -> Iterator[str]:
+    reader = ShardReader()
+    for shard in shards:
+        index = read_index(shard)
+        if index.kind == "image":
+            raise DataError(f"{shard}: holds images without text")
+        for sample in index.samples:
+            yield from _texts_of(index.kind, reader.read(index, sample))
+
+
+def _texts_of(kind: str, members: Mapping[str, bytes]) -> list[str]:
+    if kind == "pair":
+        return captions_of(members)
+    if kind == "text":
+        return [clean_text(decode_text(members["txt"]))]
+    fields = decode_json(members["json"])
+    if kind == "vqa":
+        return [clean_text(question["question"]) for question in fields["questions"]]
+    return [clean_text(example["sentence"]) for example in fields["examples"]]

@@ -1,0 +1,37 @@
+"""Image files to shard members: checked by decoding them, kept byte for byte or made smaller."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from mhmoe_vl.data.decode import decode_image, image_extension
+
+_JPEG_QUALITY = 92
+
+
+def load_image(path: Path, *, image_size: int | None = None) -> tuple[str, bytes]:
+    """Read an image file.
+
+    Args:
+        image_size: largest length of the shorter side in pixels; a larger image becomes a smaller RGB JPEG.
+
+    Returns:
+        The extension that the content calls for, and the encoded image (the bytes of the file unless made smaller).
+
+    Raises:
+        OSError: the file cannot be read.
+        DataError: it cannot be decoded; one of the classes of :mod:`mhmoe_vl.data.decode` that have a ``reason``.
+    """
+    data = path.read_bytes()
+    extension = image_extension(data)
+    image = decode_image(data)
+    if image_size is None or min(image.size) <= image_size:
+        return extension, data
+    scale = image_size / min(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    smaller = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(smaller, "JPEG", quality=_JPEG_QUALITY)
+    return "jpg", smaller.getvalue()

@@ -1,0 +1,71 @@
+"""JSON and JSON-lines annotation files, with errors that name the file and the entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mhmoe_vl.data.decode import decode_json
+from mhmoe_vl.data.shards import Skip
+from mhmoe_vl.errors import DataError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Raises:
+        DataError: absent, unreadable, not UTF-8 or not JSON.
+    """
+    try:
+        return decode_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def objects_of(path: Path, fields: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The list of objects ``fields[name]`` of the JSON file ``path``.
+
+    Raises:
+        DataError: there is no such list, or an entry is not an object.
+    """
+    rows = fields.get(name)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: must have a list of objects '{name}'; its keys are {', '.join(fields) or 'none'}")
+    return rows
+
+
+def field_of(path: Path, row: Mapping[str, Any], name: str) -> Any:
+    """``row[name]``, which every entry of this format must have.
+
+    Raises:
+        DataError: it is not there.
+    """
+    try:
+        return row[name]
+    except KeyError:
+        raise DataError(f"{path}: an entry has no '{name}'; it has {', '.join(row) or 'nothing'}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Skip]:
+    """Each line of a file of one JSON object per line, with its place ``name:line``; blank lines are passed over.
+
+    Raises:
+        DataError: absent or unreadable.
+    """
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                place = f"{path.name}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = decode_json(line)
+                except DataError as error:
+                    yield Skip(place, "bad_json", str(error))
+                else:
+                    yield place, row
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}") from None

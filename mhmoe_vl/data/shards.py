@@ -1,0 +1,307 @@
+"""Indexed WebDataset shards: find them, index them, read any sample by its place.
+
+A shard is an ordinary uncompressed tar. Beside ``x-00000.tar`` lies ``x-00000.idx.json`` with the key, the members
+and the checksums of every usable sample, so that samples are read in any order with one ``pread`` per member, and
+a truncated or exchanged shard is noticed before training starts. The format is described in data_prep/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from braceexpand import braceexpand
+
+from mhmoe_vl.errors import DataError, OutputError, suggest
+
+KINDS = ("image", "text", "pair", "vqa", "nlvr2")
+INDEX_FORMAT = "mhmoe_vl/index/1"
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+
+_MAX_OPEN_FILES = 64
+
+
+class Member(NamedTuple):
+    """Where the bytes of one file of a sample lie in the tar; ``crc32`` as of :func:`zlib.crc32`."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+class IndexedSample(NamedTuple):
+    """One sample; ``members`` maps an extension such as ``jpg`` or ``left.png`` to its place.
+
+    ``num_items`` is the number of questions (vqa) or of examples (nlvr2), else 1.
+    """
+
+    key: str
+    num_items: int
+    members: dict[str, Member]
+
+
+class Skip(NamedTuple):
+    """Something that was left out: where it came from, one word why, and the details."""
+
+    source: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index of one shard. ``plan`` identifies what was packed (empty for shards made elsewhere)."""
+
+    path: Path
+    kind: str
+    num_bytes: int
+    sha256: str
+    samples: tuple[IndexedSample, ...]
+    skipped: tuple[Skip, ...] = ()
+    plan: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of usable samples."""
+        return len(self.samples)
+
+    @property
+    def num_items(self) -> int:
+        """Number of training examples in the shard."""
+        return sum(sample.num_items for sample in self.samples)
+
+
+def index_path(shard: Path) -> Path:
+    """``x-00000.tar`` -> ``x-00000.idx.json``."""
+    return shard.with_suffix(".idx.json")
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """Read the index beside ``shard``.
+
+    Raises:
+        DataError: shard or index is absent, the index is malformed, or the shard no longer has the indexed size.
+    """
+    path = index_path(shard)
+    remedy = f"python -m data_prep.verify_shards --write-index {shard.parent}"
+    try:
+        num_bytes = shard.stat().st_size
+    except OSError as error:
+        raise DataError(f"{shard}: cannot read shard: {error.strerror}") from None
+    try:
+        index = _parse_index(shard, json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise DataError(f"{shard}: has no index {path.name}; make one with: {remedy}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read index: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: malformed index ({type(error).__name__}: {error}); make a new one with: {remedy}"
+        ) from None
+    if index.num_bytes != num_bytes:
+        raise DataError(
+            f"{shard}: has {num_bytes} bytes and its index says {index.num_bytes}: incomplete copy or another "
+            f"shard; copy it again, or index what is there with: {remedy}"
+        )
+    return index
+
+
+def write_index(index: ShardIndex) -> Path:
+    """Write ``index`` beside its shard, replacing an older one in one step.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    fields = {
+        "format": INDEX_FORMAT,
+        "shard": index.path.name,
+        "kind": index.kind,
+        "num_bytes": index.num_bytes,
+        "sha256": index.sha256,
+        "plan": index.plan,
+        "num_samples": index.num_samples,
+        "num_items": index.num_items,
+        "samples": [sample._asdict() for sample in index.samples],
+        "skipped": [skip._asdict() for skip in index.skipped],
+    }
+    path = index_path(index.path)
+    write_atomically(path, encode_json(fields))
+    return path
+
+
+def encode_json(value: Any) -> bytes:
+    """``value`` as one line of compact UTF-8 JSON; equal values give equal bytes."""
+    # A lone surrogate (an undecodable file name) is not UTF-8, but its backslash escape is valid JSON.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace") + b"\n"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either absent, old or complete, whenever the process or the machine dies.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Local tars named by directories (all their ``*.tar``), brace expressions ``x-{00000..00009}.tar`` and globs.
+
+    Returns:
+        Shards in the order given, those of a directory or glob sorted by name.
+
+    Raises:
+        DataError: nothing there, a shard that a manifest lists is gone, packing has not finished, or a URL.
+    """
+    shards: list[Path] = []
+    missing: list[str] = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        for expanded in _expand_braces(str(path)):
+            found = _find(Path(expanded))
+            shards += found
+            if not found:
+                missing.append(expanded)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise DataError(f"no shards at {shown}{_nearest_name(Path(missing[0]))}")
+    if not shards:
+        raise DataError("no shards given")
+    twice = [shard for shard, count in Counter(shards).items() if count > 1]
+    if twice:
+        raise DataError(f"{twice[0]}: shard is given twice")
+    return shards
+
+
+class ShardReader:
+    """Reads samples with ``pread`` on a few cached file descriptors.
+
+    Safe to pickle and to use after a fork: ``pread`` does not move the file position that processes share.
+    Not to be shared between threads.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, shard_index: ShardIndex, sample: IndexedSample) -> dict[str, bytes]:
+        """All members of ``sample``, extension -> bytes.
+
+        Raises:
+            DataError: the shard cannot be opened, is too short, or a checksum differs.
+        """
+        path, members = shard_index.path, {}
+        for name, member in sample.members.items():
+            where = f"{path}: {sample.key}.{name}"
+            try:
+                data = os.pread(self._descriptor(path), member.size, member.offset)
+            except OSError as error:
+                raise DataError(f"{where}: cannot read: {error.strerror}") from None
+            if len(data) != member.size:
+                raise DataError(f"{where}: shard ends early, {len(data)} of {member.size} bytes; copy it again")
+            if zlib.crc32(data) != member.crc32:
+                raise DataError(f"{where}: checksum differs from the index, the shard is damaged; copy it again")
+            members[name] = data
+        return members
+
+    def close(self) -> None:
+        """Close all descriptors; the reader can still be used and opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._descriptors = OrderedDict()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        if path in self._descriptors:
+            self._descriptors.move_to_end(path)
+            return self._descriptors[path]
+        if len(self._descriptors) >= _MAX_OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+
+def _parse_index(shard: Path, fields: dict[str, Any]) -> ShardIndex:
+    if fields["format"] != INDEX_FORMAT:
+        raise ValueError(f"format is {fields['format']!r}, expected {INDEX_FORMAT!r}")
+    if fields["kind"] not in KINDS:
+        raise ValueError(f"kind is {fields['kind']!r}, expected one of {', '.join(KINDS)}")
+    if not fields["samples"] or len(fields["samples"]) != fields["num_samples"]:
+        raise ValueError(f"{len(fields['samples'])} samples, and num_samples is {fields['num_samples']}")
+    return ShardIndex(
+        path=shard,
+        kind=fields["kind"],
+        num_bytes=fields["num_bytes"],
+        sha256=fields["sha256"],
+        samples=tuple(
+            IndexedSample(
+                sample["key"],
+                sample["num_items"],
+                {name: Member(*place) for name, place in sample["members"].items()},
+            )
+            for sample in fields["samples"]
+        ),
+        skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
+        plan=fields["plan"],
+    )
+
+
+def _expand_braces(path: str) -> list[str]:
+    if "://" in path or path.startswith("pipe:"):
+        raise DataError(f"{path}: only local paths are read; copy the shards to a local or mounted folder")
+    try:
+        return list(braceexpand(path))
+    except ValueError:
+        raise DataError(f"{path}: braces do not match; write for example x-{{00000..00009}}.tar") from None
+
+
+def _find(path: Path) -> list[Path]:
+    if path.is_dir():
+        _check_finished(path)
+        return sorted(path.glob("*.tar"))
+    if path.exists():
+        return [path]
+    if any(character in path.name for character in "*?["):
+        return sorted(path.parent.glob(path.name))
+    return []
+
+
+def _check_finished(directory: Path) -> None:
+    if (directory / UNFINISHED).exists():
+        raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        listed = [shard["name"] for shard in json.loads(manifest.read_bytes())["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{manifest}: not a manifest of shards; delete it or pack again") from None
+    absent = [name for name in listed if not (directory / name).is_file()]
+    if absent:
+        raise DataError(
+            f"{directory}: {len(absent)} of {len(listed)} shards of the manifest are absent, first {absent[0]}"
+        )
+
+
+def _nearest_name(path: Path) -> str:
+    return suggest(path.name, sorted(entry.name for entry in path.parent.glob("*"))[:10_000])

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# From nothing to a report on two CPU cores: sample data, shards, tokenizers, pretraining, three fine-tunings, three
+# evaluations. Every line is the command that real data take too (docs/real_data.md).
+#
+#   bash quickstart.sh          about six minutes
+#   SHORT=1 bash quickstart.sh  every step, a few training steps each: for CI, scores mean nothing
+set -euo pipefail
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python}
+DATA=data/quickstart
+RUNS=runs/quickstart
+PROCESSES=${PROCESSES:-2}
+# One thread per process: two processes on two cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ -n "${SHORT:-}" ]; then
+  scene_options=(--num-train-images 300 --num-val-images 40 --num-train-statements 60 --num-val-statements 20 --num-train-texts 400 --num-val-texts 40)
+  step_options=(max_steps=12 optimizer.warmup_steps=2 log_every=4 data.batch_size=48 validate_every=6)
+  codes=64
+else
+  scene_options=()
+  step_options=()
+  codes=256
+fi
+
+say() { printf '\n== %s\n' "$*" >&2; }
+train() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" -m mhmoe_vl.train "$@" "${step_options[@]}"; }
+
+rm -rf "$DATA" "$RUNS"
+say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file formats"
+"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --workers 2 "${scene_options[@]}"
+
+say "shards"
+for split in train val; do
+  images=$DATA/scenes/images/$split
+  "$PYTHON" -m data_prep.pack_images --images "$images" --out $DATA/images-$split
+  "$PYTHON" -m data_prep.pack_text $DATA/scenes/text_$split.txt --out $DATA/text-$split
+  "$PYTHON" -m data_prep.pack_pairs --coco $DATA/scenes/captions_$split.json --images "$images" --out $DATA/pairs-$split
+  "$PYTHON" -m data_prep.pack_nlvr2 --examples $DATA/scenes/nlvr2_$split.json --images $DATA/scenes/images --out $DATA/nlvr2-$split
+  if [ $split = train ]; then answers=(--min-answer-count 1); else answers=(--answers $DATA/vqa-train/answers.json); fi
+  "$PYTHON" -m data_prep.pack_vqa --questions $DATA/scenes/vqa_${split}_questions.json --annotations $DATA/scenes/vqa_${split}_annotations.json \
+    --images "$images" --image-pattern 'COCO_{data_subtype}_{image_id:012d}.png' --out $DATA/vqa-$split "${answers[@]}"
+done
+"$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train
+
+say "tokenizers"
+"$PYTHON" -m data_prep.train_text_tokenizer $DATA/pairs-train $DATA/text-train $DATA/vqa-train $DATA/nlvr2-train \
+  --vocab-size 448 --lowercase --out $DATA/tokenizer.json
+"$PYTHON" -m data_prep.fit_visual_codebook --shards $DATA/images-train --num-codes $codes --image-size 64 --patch-size 16 \
+  --out $DATA/visual_codebook.safetensors
+
+say "pretraining on $PROCESSES processes"
+train --config configs/quickstart/pretrain.yaml model.num_visual_codes=$codes
+
+for task in vqa nlvr2 captioning; do
+  say "fine-tuning: $task"
+  train --config configs/quickstart/$task.yaml model.num_visual_codes=$codes
+done
+say "text-only twins, for the blind baselines"
+for task in vqa nlvr2; do
+  train --config configs/quickstart/$task.yaml model.num_visual_codes=$codes task.blind=true out=$RUNS/$task-blind
+done
+
+say "evaluation"
+"$PYTHON" -m eval.vqa --run $RUNS/vqa --blind-run $RUNS/vqa-blind --data $DATA/vqa-val
+"$PYTHON" -m eval.nlvr2 --run $RUNS/nlvr2 --blind-run $RUNS/nlvr2-blind --data $DATA/nlvr2-val
+"$PYTHON" -m eval.captioning --run $RUNS/captioning --data $DATA/pairs-val
+
+say "report"
+"$PYTHON" -m mhmoe_vl.report --title "mhmoe_vl quickstart" --pretrain $RUNS/pretrain --vqa $RUNS/vqa --nlvr2 $RUNS/nlvr2 \
+  --captioning $RUNS/captioning --out $RUNS/report.html --scores $RUNS/scores.json
+say "done: open $RUNS/report.html"
