@@ -12,7 +12,7 @@ from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispat
 from mhmoe_vl.moe.experts import Experts
 from mhmoe_vl.moe.feed_forward import FeedForward
 from mhmoe_vl.moe.layer import MoE, MultiHeadMoE
-from mhmoe_vl.moe.losses import balance_loss, z_loss
+from mhmoe_vl.moe.losses import balance_loss, expert_load, z_loss
 from mhmoe_vl.moe.match import KINDS, FfnShape, match_ffn
 from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
 from mhmoe_vl.moe.stats import RoutingStats, routing_stats
@@ -34,6 +34,7 @@ __all__ = [
     "RoutingStats",
     "balance_loss",
     "count_flops",
+    "expert_load",
     "ffn_cost",
     "match_ffn",
     "routing_stats",

@@ -57,7 +57,8 @@ class DroplessDispatcher:
 
 
 class CapacityDispatcher:
-    """Each expert serves at most ``ceil(factor * K * N / E)`` choices; the rest contribute nothing (GShard).
+    """Each expert serves at most ``ceil(factor * K * N / E)`` choices of N valid rows; the rest contribute
+    nothing (GShard).
 
     Places are given out choice by choice (all first choices before any second choice), within a choice in row
     order, so second choices overflow first: the order of the official MH-MoE code.
@@ -72,7 +73,7 @@ class CapacityDispatcher:
         self.capacity_factor = capacity_factor
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Dispatched:
-        num_rows = routing.experts_NK.shape[0]
+        num_rows = routing.experts_NK.shape[0] if routing.valid_N is None else int(routing.valid_N.sum())
         capacity = math.ceil(self.capacity_factor * routing.top_k * num_rows / routing.num_experts)
         return sort_by_expert(x_ND, routing, keep_NK=_within_capacity(routing, capacity))
 
@@ -127,6 +128,6 @@ def weighted_sum(y_AD: Tensor, dispatched: Dispatched) -> Tensor:
     if slot_NK.shape[1] == 1:
         return y_AD.index_select(0, slot_NK[:, 0]) * weights_NK
     if slot_NK.numel() == 0:
-        return y_AD.new_zeros(0, y_AD.shape[1]) + weights_NK.sum() * 0
+        return y_AD * weights_NK.sum()
     # One fused un-sort, weight and sum: several times faster than gather, multiply, sum on CPU.
     return F.embedding_bag(slot_NK, y_AD, per_sample_weights=weights_NK, mode="sum")

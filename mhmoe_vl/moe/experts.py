@@ -117,16 +117,19 @@ class Experts(nn.Module):
                 )
         ends_E = counts_E.cumsum(0).to(torch.int32)
         row_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
-        expert_A = torch.searchsorted(ends_E, row_A.to(torch.int32), right=True).clamp_max(self.num_experts - 1)
-        hidden_AF = F.grouped_mm(rows_AD.contiguous(), self.w1_EDF.to(dtype), offs=ends_E)
+        expert_A = torch.searchsorted(ends_E, row_A.to(torch.int32), right=True)
+        # Behind the last segment grouped_mm leaves uninitialised memory, in its result and in its gradient.
+        # where() keeps it out of what comes in and goes out, and a spare bias row E takes it from the biases.
+        served_A1 = (row_A < ends_E[-1])[:, None]
+        rows_AD = _row_major(torch.where(served_A1, rows_AD, 0.0))
+        hidden_AF = F.grouped_mm(rows_AD, self.w1_EDF.to(dtype), offs=ends_E)
         if self.b1_EF is not None:
-            hidden_AF = hidden_AF + self.b1_EF.to(dtype).index_select(0, expert_A)
+            hidden_AF = hidden_AF + F.pad(self.b1_EF.to(dtype), (0, 0, 0, 1)).index_select(0, expert_A)
         hidden_AF = self._activate(hidden_AF)
-        y_AD = _contiguous_grad(F.grouped_mm(hidden_AF, self.w2_EFD.to(dtype), offs=ends_E))
+        y_AD = _row_major_grad(F.grouped_mm(hidden_AF, self.w2_EFD.to(dtype), offs=ends_E))
         if self.b2_ED is not None:
-            y_AD = y_AD + self.b2_ED.to(dtype).index_select(0, expert_A)
-        # Rows behind the last segment are uninitialised memory; where() also keeps it out of the gradients.
-        return torch.where((row_A < ends_E[-1])[:, None], y_AD, 0.0)
+            y_AD = y_AD + F.pad(self.b2_ED.to(dtype), (0, 0, 0, 1)).index_select(0, expert_A)
+        return torch.where(served_A1, y_AD, 0.0)
 
     def extra_repr(self) -> str:
         return (
@@ -139,16 +142,21 @@ def _linear(x: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
     return x @ weight_IO if bias_O is None else torch.addmm(bias_O, x, weight_IO)
 
 
-class _ContiguousGrad(torch.autograd.Function):
+class _RowMajorGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad.contiguous()
+        return _row_major(grad)
 
 
-def _contiguous_grad(x: Tensor) -> Tensor:
-    """Identity whose gradient is contiguous: grouped_mm refuses expanded gradients such as those of ``y.sum()``."""
-    return _ContiguousGrad.apply(x)
+def _row_major_grad(x: Tensor) -> Tensor:
+    """Identity whose gradient has row-major strides: grouped_mm refuses others, such as those of a transposed use."""
+    return _RowMajorGrad.apply(x)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """``x`` with row-major strides. Unlike ``contiguous()``, also where a single row leaves strides ambiguous."""
+    return x.reshape(-1).view_as(x)

@@ -75,19 +75,15 @@ class MoE(nn.Module):
         Returns:
             ``y`` like ``x``, and the routing (rows in the order of ``x`` flattened).
         """
-        x_ND = x.reshape(-1, self.dim)
+        x_ND = _zero_padding(x, valid).reshape(-1, self.dim)
         routing = self.router(x_ND)
         if valid is not None:
-            if valid.shape != x.shape[:-1]:
-                raise ValueError(f"valid has shape {tuple(valid.shape)}, tokens have {tuple(x.shape[:-1])}")
             routing = routing._replace(valid_N=valid.reshape(-1))
         dispatched = self.dispatcher.dispatch(x_ND, routing)
         y_AD = self.experts(dispatched.rows_AD, dispatched.counts_E)
         y_ND = self.dispatcher.combine(y_AD, dispatched)
         if self.inner_residual:
             y_ND = y_ND + x_ND
-        if valid is not None:
-            y_ND = torch.where(routing.valid_N[:, None], y_ND, 0.0)
         return y_ND.reshape(x.shape), dispatched.routing
 
     def extra_repr(self) -> str:
@@ -157,12 +153,17 @@ class MultiHeadMoE(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
         """As :meth:`MoE.forward`; the routing has ``num_heads`` rows per token, neighbours in memory."""
-        if valid is not None and valid.shape != x.shape[:-1]:
-            raise ValueError(f"valid has shape {tuple(valid.shape)}, tokens have {tuple(x.shape[:-1])}")
-        sub_ND = self.head(x).reshape(-1, self.dim // self.num_heads)
+        sub_ND = self.head(_zero_padding(x, valid)).reshape(-1, self.dim // self.num_heads)
         valid_N = None if valid is None else valid.reshape(-1).repeat_interleave(self.num_heads)
         y_ND, routing = self.moe(sub_ND, valid_N)
-        y = self.merge(y_ND.reshape(x.shape))
-        if valid is not None:
-            y = torch.where(valid[..., None], y, 0.0)
+        y = _zero_padding(self.merge(y_ND.reshape(x.shape)), valid)
         return y, routing._replace(num_heads=self.num_heads)
+
+
+def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``x`` with zeros where ``valid`` is False: whatever padding holds, NaN included, stays out of all gradients."""
+    if valid is None:
+        return x
+    if valid.shape != x.shape[:-1]:
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, tokens have {tuple(x.shape[:-1])}")
+    return torch.where(valid[..., None], x, 0.0)

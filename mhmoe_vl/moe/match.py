@@ -93,15 +93,24 @@ def match_ffn(
         (:attr:`FfnShape.is_matched`).
 
     Raises:
-        ValueError: unknown kind or match, or a reference too small to pay for head and merge layers.
+        ValueError: unknown kind or match, more choices than experts, or a reference too small to pay for head and
+            merge layers.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     if match not in MATCHES:
         raise ValueError(f"match={match!r} must be one of {', '.join(MATCHES)}")
+    if not 1 <= reference_top_k <= reference_num_experts:
+        raise ValueError(
+            f"reference_top_k={reference_top_k} must lie between 1 and reference_num_experts={reference_num_experts}"
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be positive")
     reference = ffn_cost("smoe", dim, reference_ffn_dim, reference_num_experts, reference_top_k, glu=glu)
 
     def shape(ffn_dim: int, num_experts: int, top_k: int, num_heads: int = 1) -> FfnShape:
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} must be at most num_experts={num_experts}")
         cost = ffn_cost(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu)
         return FfnShape(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu, cost, reference)
 
@@ -145,13 +154,14 @@ def _worst(shape: FfnShape) -> float:
 
 
 def _widths(width: float) -> Iterator[int]:
-    """Widths near ``width`` in order of preference: coarse multiples first, then neighbours that make up for the
-    cost of a larger router, which the closed form leaves out and which counts in narrow layers."""
+    """Widths near ``width`` in order of preference: coarse multiples first, then neighbours, down to half of it, that
+    make up for the cost of a larger router. The closed form leaves that out, and many narrow experts make it large."""
     for multiple in _MULTIPLES:
         yield _round_to(width, multiple)
-    for step in range(1, 9):
-        yield max(8, _round_to(width, 8) - 8 * step)
-        yield _round_to(width, 8) + 8 * step
+    nearest = _round_to(width, 8)
+    for step in range(1, max(9, nearest // 16 + 1)):
+        yield max(8, nearest - 8 * step)
+        yield nearest + 8 * step
 
 
 def _counts(num_experts: float, multiple: int, top_k: int) -> Iterator[int]:

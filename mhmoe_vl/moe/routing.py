@@ -90,7 +90,8 @@ class _Router(nn.Module):
         experts_NK = choose_top_k(probs_NE + self.selection_bias_E.to(probs_NE.dtype), self.top_k)
         weights_NK = probs_NE.gather(-1, experts_NK)
         if self.renormalize:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp_min(1e-9)
+            # Sigmoid gates can all be tiny: the floor is against 0/0 only.
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp_min(1e-20)
         if self.gate == "softmax" and balance_logits_NE is logits_NE:
             balance_probs_NE = probs_NE
         else:

@@ -75,5 +75,6 @@ def routing_stats(routing: Routing, valid: Tensor | None = None) -> RoutingStats
     if routing.kept_NK is None:
         num_dropped = torch.zeros((), dtype=torch.long, device=load_E.device)
     else:
-        num_dropped = load_E.sum() - routing.kept_NK.sum()
+        kept_NK = routing.kept_NK if valid_N is None else routing.kept_NK & valid_N[:, None]
+        num_dropped = load_E.sum() - kept_NK.sum()
     return RoutingStats(load_E, num_dropped, entropy_N.sum().double(), num_rows)

@@ -1,0 +1,76 @@
+"""Cost formulas against built modules and a FLOP counter."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, count_flops, ffn_cost
+from tests.unit.moe.builders import random
+
+SPARSE_KINDS = ("smoe", "xmoe", "fine_grained", "mhmoe")
+SWITCHES = list(product([None, "linear", "cosine"], [False, True], [False, True]))
+
+
+def build_kind(kind: str, router: str | None, *, glu: bool, bias: bool, backend: str = "loop") -> nn.Module:
+    router = router or ("cosine" if kind == "xmoe" else "linear")
+    if kind == "mhmoe":
+        return MultiHeadMoE(16, 24, 9, 4, 2, router=router, glu=glu, bias=bias, backend=backend)
+    return MoE(16, 24, 9, 2, router=router, glu=glu, bias=bias, backend=backend)
+
+
+@pytest.mark.parametrize(("router", "glu", "bias"), SWITCHES)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_sparse_cost_equals_the_built_module(kind: str, router: str | None, glu: bool, bias: bool) -> None:
+    num_heads = 4 if kind == "mhmoe" else 1
+    cost = ffn_cost(kind, 16, 24, 9, 2, num_heads, router=router, glu=glu, bias=bias)
+    x = random(3, 5, 16, dtype=torch.float32)
+    for backend in ("loop", "grouped_mm"):
+        layer = build_kind(kind, router, glu=glu, bias=bias, backend=backend)
+        assert cost.num_params == sum(p.numel() for p in layer.parameters())
+        flops = count_flops(lambda layer=layer: layer(x))
+        assert flops == 15 * cost.flops_per_token
+        _, routing = layer(x)
+        assert routing.experts_NK.numel() == 15 * cost.num_assignments_per_token
+
+
+@pytest.mark.parametrize(("glu", "bias", "sub_ln"), list(product([False, True], repeat=3)))
+def test_dense_cost_equals_the_built_module(glu: bool, bias: bool, sub_ln: bool) -> None:
+    cost = ffn_cost("dense", 16, 24, glu=glu, bias=bias, sub_ln=sub_ln)
+    layer = FeedForward(16, 24, glu=glu, bias=bias, sub_ln=sub_ln)
+    assert cost.num_params == cost.num_active_params == sum(p.numel() for p in layer.parameters())
+    x = random(3, 5, 16, dtype=torch.float32)
+    assert count_flops(lambda: layer(x)) == 15 * cost.flops_per_token
+    assert cost.num_assignments_per_token == 0
+    assert layer(x)[1] is None
+
+
+@pytest.mark.parametrize(("num_experts", "num_active_experts"), [(3, 3), (8, 8), (9, 8)])
+def test_active_parameters_leave_out_experts_a_token_cannot_reach(num_experts: int, num_active_experts: int) -> None:
+    """Four heads with two choices each reach at most eight experts; one expert is 4*6 + 6*4 + 6 + 4 = 58."""
+    cost = ffn_cost("mhmoe", 16, 6, num_experts, 2, 4)
+    assert cost.num_params - cost.num_active_params == (num_experts - num_active_experts) * 58
+
+
+def test_dense_flops_by_hand() -> None:
+    """A 768 x 3072 layer: two matrices, two operations per multiply-add."""
+    assert ffn_cost("dense", 768, 3072).flops_per_token == 2 * 2 * 768 * 3072
+    assert ffn_cost("dense", 768, 3072).num_params == 2 * 768 * 3072 + 3072 + 768
+
+
+def test_grouped_matmuls_are_counted_forward_and_backward() -> None:
+    """The backward pass of a matmul costs twice its forward, except towards inputs that need no gradient."""
+    x = random(15, 16, dtype=torch.float32).requires_grad_()
+    for backend in ("loop", "grouped_mm"):
+        layer = build_kind("mhmoe", None, glu=False, bias=True, backend=backend)
+        forward = count_flops(lambda layer=layer: layer(x))
+        assert forward == 15 * ffn_cost("mhmoe", 16, 24, 9, 2, 4).flops_per_token
+        assert count_flops(lambda layer=layer: layer(x)[0].sum().backward()) == 3 * forward
+
+
+def test_kinds_without_sub_tokens_have_one_head() -> None:
+    with pytest.raises(ValueError, match="kind='smoe' has no sub-tokens: num_heads=2 must be 1"):
+        ffn_cost("smoe", 16, 24, 4, 1, 2)
