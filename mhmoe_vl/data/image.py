@@ -60,5 +60,6 @@ class ImageTransform:
         if picture.size == (self.size, self.size) and not self.is_random:
             return v2.functional.pil_to_tensor(picture)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # torch.manual_seed would also seed the GPUs, which are not put back.
+            torch.default_generator.manual_seed(seed)
             return self.transform(picture)

@@ -117,7 +117,7 @@ def train_loader(
     world_size: int,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader[MicroBatch]:
+) -> Iterator[MicroBatch]:
     """Micro-batches of ``steps``, in order; ``num_micro_batches`` of them make one step."""
     requests: Iterable[Any] = [] if not steps else _Requests(plan, steps, num_micro_batches, rank, world_size)
     return _loader(dataset, requests, num_workers=num_workers, pin_memory=pin_memory)
@@ -125,7 +125,7 @@ def train_loader(
 
 def evaluation_loader(
     dataset: ShardDataset, source: str, *, batch_size: int, rank: int, world_size: int, num_workers: int
-) -> DataLoader[MicroBatch]:
+) -> Iterator[MicroBatch]:
     """Every item of ``source`` exactly once over all ranks; every rank gets the same number of batches.
 
     Args:
@@ -163,11 +163,24 @@ class _Requests:
                 )
 
 
+class _ErrorsAsItems(Dataset[MicroBatch | DataError]):
+    """Hands over a user error as an item: raised in a worker, it would arrive as a traceback of many lines."""
+
+    def __init__(self, dataset: ShardDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, refs: Mapping[str, Sequence[SampleRef]]) -> MicroBatch | DataError:
+        try:
+            return self.dataset[refs]
+        except DataError as error:
+            return error
+
+
 def _loader(
     dataset: ShardDataset, requests: Iterable[Any], *, num_workers: int, pin_memory: bool
-) -> DataLoader[MicroBatch]:
-    return DataLoader(
-        dataset,
+) -> Iterator[MicroBatch]:
+    loader: DataLoader[MicroBatch | DataError] = DataLoader(
+        _ErrorsAsItems(dataset),
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -176,6 +189,10 @@ def _loader(
         persistent_workers=False,
         prefetch_factor=4 if num_workers else None,
     )
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
 def _identity(batch: Any) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
+from mhmoe_vl.errors import ConfigError
+
 
 class SampleRef(NamedTuple):
     """One item of a source in one of its epochs."""
@@ -31,12 +33,25 @@ class MixturePlan:
         weights: share of each source in a step, any positive scale.
         batch_size: samples of all sources together per step, over all ranks.
         seed: of the order.
+
+    Raises:
+        ConfigError: a source gets less than one sample per step. Largest-remainder rounding could then take back a
+            sample that it has already given (the Alabama paradox).
     """
 
     num_items: Mapping[str, int]
     weights: Mapping[str, float]
     batch_size: int
     seed: int
+
+    def __post_init__(self) -> None:
+        sum_of_weights = sum(Fraction(weight) for weight in self.weights.values())
+        for source, weight in self.weights.items():
+            if self.batch_size * Fraction(weight) < sum_of_weights:
+                raise ConfigError(
+                    f"data.train.{source}.weight: {weight} of {float(sum_of_weights)} gives less than one of the "
+                    f"{self.batch_size} samples of a step; raise it, or data.batch_size"
+                )
 
     def num_consumed(self, step: int) -> dict[str, int]:
         """Samples that each source has given before ``step``.
@@ -56,7 +71,7 @@ class MixturePlan:
     def numbers(self, step: int) -> dict[str, range]:
         """Sample numbers that each source gives to ``step``."""
         start, end = self.num_consumed(step), self.num_consumed(step + 1)
-        return {source: range(start[source], max(start[source], end[source])) for source in self.weights}
+        return {source: range(start[source], end[source]) for source in self.weights}
 
     def micro_batch(
         self, step: int, *, index: int = 0, num_micro_batches: int = 1, rank: int = 0, world_size: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -27,14 +28,18 @@ class TextTokenizer:
                 f"{name}: the tokenizer lacks {', '.join(missing)}; "
                 "train one with python -m data_prep.train_text_tokenizer"
             )
-        # A caption that spells out <mask> is text, not a special token.
-        tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
+        self._read_special_tokens_as_text()
         special: list[int] = [index for index in ids if index is not None]
         self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unknown_id = special
         self.num_tokens: int = tokenizer.get_vocab_size()
         #: Ids that random replacement may draw and that decoding may produce.
         self.ordinary_ids: list[int] = [index for index in range(self.num_tokens) if index not in special]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The setting is no part of a tokenizer's file, so a pickle loses it.
+        self._read_special_tokens_as_text()
 
     @staticmethod
     def load(path: str | Path) -> TextTokenizer:
@@ -60,3 +65,7 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode([i for i in ids if i != self.mask_id], skip_special_tokens=True).strip()
+
+    def _read_special_tokens_as_text(self) -> None:
+        """A caption that spells out ``<mask>`` hides nothing."""
+        self.tokenizer.encode_special_tokens = True

@@ -14,20 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and their numbers to TensorBoard; only the main rank has one.
 
     Args:
-        first_step: records of this step and later ones are dropped from an existing file: a resumed run computes
-            them again.
+        num_steps_done: records of later steps are dropped from an existing file: a resumed run computes them again.
     """
 
-    def __init__(self, run_directory: Path, *, first_step: int) -> None:
-        self.path = run_directory / "metrics.jsonl"
-        _drop_records_from(self.path, first_step)
+    def __init__(self, run_directory: Path, *, num_steps_done: int) -> None:
+        self.path = run_directory / METRICS
+        _drop_records_after(self.path, num_steps_done)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=num_steps_done + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record. ``kind`` is ``train``, ``validation`` or ``experts``; nested values stay out of TensorBoard."""
@@ -44,7 +45,7 @@ class MetricsWriter:
 
 def read_metrics(run_directory: Path, kind: str) -> list[dict[str, Any]]:
     """All records of one kind, in order; an unfinished last line is left out."""
-    path = run_directory / "metrics.jsonl"
+    path = run_directory / METRICS
     if not path.is_file():
         return []
     return [record for record in _records(path) if record["kind"] == kind]
@@ -60,10 +61,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_records_from(path: Path, first_step: int) -> None:
+def _drop_records_after(path: Path, num_steps_done: int) -> None:
     if not path.is_file():
         return
-    kept = [record for record in _records(path) if record["step"] < first_step]
+    kept = [record for record in _records(path) if record["step"] <= num_steps_done]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

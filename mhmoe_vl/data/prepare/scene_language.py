@@ -135,12 +135,12 @@ class QuestionKind(NamedTuple):
 _YES_NO = ("yes", "no")
 # The rarest kinds come first: those that any scene can serve then even out the number of questions an image.
 QUESTION_KINDS = {
-    "relation": QuestionKind(0.14, "is the", "yes/no", _YES_NO),
-    "count": QuestionKind(0.20, "how many", "number", tuple(map(str, range(MAX_OBJECTS + 1)))),
-    "color": QuestionKind(0.18, "what color is the", "other", tuple(COLORS)),
-    "shape": QuestionKind(0.16, "what shape is the", "other", SHAPES),
-    "size": QuestionKind(0.08, "what size is the", "other", SIZES),
-    "compare": QuestionKind(0.06, "are there", "yes/no", _YES_NO),
+    "relation": QuestionKind(0.06, "is the", "yes/no", _YES_NO),
+    "count": QuestionKind(0.12, "how many", "number", tuple(map(str, range(MAX_OBJECTS + 1)))),
+    "color": QuestionKind(0.26, "what color is the", "other", tuple(COLORS)),
+    "shape": QuestionKind(0.24, "what shape is the", "other", SHAPES),
+    "size": QuestionKind(0.10, "what size is the", "other", SIZES),
+    "compare": QuestionKind(0.04, "are there", "yes/no", _YES_NO),
     "exist": QuestionKind(0.18, "is there a", "yes/no", _YES_NO),
 }
 
@@ -252,7 +252,7 @@ _PRESENCE_KINDS: dict[str, tuple[str, _Pattern]] = {
         ((1, 0, True), (0, 1, True), (1, 1, False), (0, 0, False)),
     ),
 }
-STATEMENT_SHARES = {"left": 24, "right": 24, "both": 17, "exactly-one": 10, "total": 8, "more": 9, "same-number": 8}
+STATEMENT_SHARES = {"left": 27, "right": 27, "both": 18, "exactly-one": 8, "total": 6, "more": 8, "same-number": 6}
 
 
 def balanced_statements(scenes: Sequence[Scene], num_statements: int, rng: random.Random) -> list[Statement]:

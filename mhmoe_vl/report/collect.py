@@ -1,0 +1,120 @@
+"""What a run directory says about its run, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhmoe_vl.config import dump_config
+from mhmoe_vl.errors import ConfigError, DataError
+from mhmoe_vl.evaluation.score_card import ScoreCard
+from mhmoe_vl.models.config import ModelConfig
+from mhmoe_vl.train import run_directory
+from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.metrics import read_metrics
+
+#: Tasks in the order of the report.
+TASKS = ("pretrain", "vqa", "nlvr2", "captioning")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that one run has written about itself.
+
+    Attributes:
+        environment: ``environment.json``; empty if the run has none.
+        train, validation, experts: records of ``metrics.jsonl``, in the order of steps.
+        card: result of the evaluation; None for pretraining and for runs that are not evaluated yet.
+    """
+
+    directory: Path
+    config: RunConfig
+    environment: dict[str, Any]
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    card: ScoreCard | None
+
+    @property
+    def task(self) -> str:
+        return self.config.task.kind
+
+    @property
+    def config_yaml(self) -> str:
+        return dump_config(self.config)
+
+    @property
+    def environment_json(self) -> str:
+        return json.dumps(self.environment, indent=2, ensure_ascii=False)
+
+    @property
+    def command(self) -> str:
+        """The command line that started the run, for a shell; empty if the run did not record it."""
+        program, *arguments = self.environment.get("command") or [""]
+        if program != "__main__.py":
+            return shlex.join([program, *arguments] if program else [])
+        num_processes = self.environment.get("world_size", 1)
+        start = ["torchrun", "--nproc-per-node", str(num_processes)] if num_processes > 1 else ["python"]
+        return shlex.join([*start, "-m", "mhmoe_vl.train", *arguments])
+
+
+def read_run(directory: Path, *, task: str) -> RunRecord:
+    """Read the run of ``task`` in ``directory``.
+
+    Raises:
+        ConfigError: not a run directory, or a run of another task.
+        DataError: a file in it that is not what its name says.
+    """
+    config = run_directory.load_run(directory)
+    if config.task.kind != task:
+        raise ConfigError(f"{directory}: is a run of task '{config.task.kind}'; give it as --{config.task.kind}")
+    environment_file, card_file = directory / run_directory.ENVIRONMENT, directory / f"{task}_score.json"
+    return RunRecord(
+        directory=directory,
+        config=config,
+        environment=_read_object(environment_file) if environment_file.is_file() else {},
+        train=read_metrics(directory, "train"),
+        validation=read_metrics(directory, "validation"),
+        experts=read_metrics(directory, "experts"),
+        card=read_score_card(card_file) if card_file.is_file() else None,
+    )
+
+
+def read_score_card(path: Path) -> ScoreCard:
+    """Read what :meth:`ScoreCard.write` has written.
+
+    Raises:
+        DataError: unreadable, or not a score card.
+    """
+    fields = _read_object(path)
+    try:
+        return ScoreCard(**fields | {"notes": tuple(fields.get("notes", ()))})
+    except TypeError as error:
+        raise DataError(f"{path}: not a score card ({error}); evaluate the run again with python -m eval") from None
+
+
+def cost_parity(model: ModelConfig) -> str:
+    """One line: the feed-forward layers of the sparse blocks, and how far their cost is from the reference SMoE's."""
+    if model.ffn == "dense":
+        return f"dense: every block has a feed-forward layer of width {model.ffn_dim}, no experts"
+    shape, moe = model.ffn_shape, model.moe
+    heads = f", {shape.num_heads} heads" if shape.num_heads > 1 else ""
+    where = "every block" if moe.every == 1 else f"one block of {moe.every}"
+    return (
+        f"{model.ffn} in {where}: {shape.num_experts} experts of width {shape.ffn_dim}, top-{shape.top_k}{heads}; "
+        f"against the reference SMoE ({moe.num_experts} experts of width {model.ffn_dim}, top-{moe.top_k}): "
+        f"FLOPs {shape.flops_mismatch:+.2%}, parameters {shape.params_mismatch:+.2%}"
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,201 @@
+"""Figures as SVG to be put inside the page, where they take their colours and fonts from its style sheet.
+
+matplotlib writes plain colours. Here each colour that should follow the page's light or dark theme is a stand-in that
+no data uses, and is replaced by a CSS variable in the finished SVG.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from mhmoe_vl.evaluation.score_card import ScoreCard
+
+Points = Sequence[tuple[float, float]]
+
+_INK, _GRID, _BASELINE = "#010101", "#020202", "#030303"
+_SERIES = ("#040401", "#040402", "#040403", "#040404")
+_THEME = {_INK: "currentColor", _GRID: "var(--line)", _BASELINE: "var(--baseline)"} | {
+    stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_SERIES, start=1)
+}
+#: Colours of the modalities wherever they are told apart.
+_MODALITY_COLORS = {"vision": _SERIES[0], "text": _SERIES[1]}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+_LOAD_COLORS = LinearSegmentedColormap.from_list("load", ["#2f6690", "#e9e6df", "#b5532a"])
+_MAX_EXPERTS_WITH_NUMBERS = 16
+
+#: Width and height in inches of a figure that stands beside others; in CSS an inch is 96 pixels.
+_PANEL = (3.5, 2.3)
+_PIXELS_PER_INCH = 96
+
+
+def score_bars(card: ScoreCard) -> str:
+    """The score beside its baselines, as horizontal bars."""
+    constant = "best constant caption" if card.task == "captioning" else "majority answer"
+    rows = [("model", card.score, _SERIES[0]), ("blind", card.blind, _BASELINE), (constant, card.majority, _BASELINE)]
+    known = [(name, value, color) for name, value, color in rows if value is not None]
+
+    def draw(axes: Axes) -> None:
+        names, values, colors = zip(*reversed(known), strict=True)
+        bars = axes.barh(names, values, color=colors, height=0.62)
+        axes.bar_label(bars, fmt="%.1f", padding=4)
+        axes.margins(x=0.14)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("CIDEr x 100" if card.task == "captioning" else "accuracy, %")
+
+    return _draw(draw, size=(_PANEL[0], 0.7 + 0.32 * len(known)), name=f"scores/{card.task}")
+
+
+def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = False, from_zero: bool = False) -> str:
+    """Lines over training steps; a series of few points has markers.
+
+    Args:
+        log: logarithmic values.
+        from_zero: let the axis of values start at 0.
+        name: of the figure, unlike every other's on the page.
+    """
+
+    def draw(axes: Axes) -> None:
+        for number, (label, points) in enumerate(series.items()):
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) <= 12 else None
+            axes.plot(steps, values, label=label, color=_SERIES[number % len(_SERIES)], marker=marker, markersize=3.5)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if len(series) > 1:
+            _legend_above(axes)
+        _label_steps(axes, ylabel)
+
+    return _draw(draw, size=_PANEL, name=name)
+
+
+def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str) -> str:
+    """Lines over training steps, one for each expert pool, in the colour of the pool's modality."""
+
+    def draw(axes: Axes) -> None:
+        modalities: dict[str, None] = {}
+        for pool, points in series.items():
+            modality = modality_of(pool)
+            steps, values = zip(*points, strict=True)
+            label = None if modality in modalities else modality
+            axes.plot(steps, values, label=label, color=_MODALITY_COLORS.get(modality, _SERIES[2]), linewidth=1.2)
+            modalities[modality] = None
+        if all(isinstance(value, int) for of_pool in series.values() for _, value in of_pool):
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        _legend_above(axes)
+        _label_steps(axes, ylabel)
+
+    return _draw(draw, size=_PANEL, name=name)
+
+
+def load_heat_map(load: Mapping[str, Sequence[float]], *, name: str) -> str:
+    """Load of every expert over the mean load of its pool; a row per pool, experts sorted by load.
+
+    Args:
+        load: share of the choices that each expert gets, by pool.
+    """
+    rows = {pool: sorted((share * len(shares) for share in shares), reverse=True) for pool, shares in load.items()}
+    num_experts = max(map(len, rows.values()))
+    grid = [row + [float("nan")] * (num_experts - len(row)) for row in rows.values()]
+    highest = max(2.0, max(max(row) for row in rows.values()))
+
+    def draw(axes: Axes) -> None:
+        norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=highest)
+        mesh = axes.pcolormesh(grid, cmap=_LOAD_COLORS, norm=norm, edgecolors="face", linewidth=0.3)
+        axes.set_yticks([row + 0.5 for row in range(len(rows))], list(rows))
+        axes.set_xticks([0.5, num_experts - 0.5], ["1", str(num_experts)])
+        axes.set_xlabel("experts, busiest first")
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if num_experts <= _MAX_EXPERTS_WITH_NUMBERS:
+            _write_numbers(axes, grid, norm)
+        color_bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.02, ticks=[0, 1, round(highest, 1)])
+        color_bar.outline.set_visible(False)
+        color_bar.ax.tick_params(length=0)
+
+    size = (max(4.5, min(9.0, 1.8 + 0.45 * num_experts)), 0.7 + 0.32 * len(rows))
+    return _draw(draw, size=size, name=name)
+
+
+def modality_of(pool: str) -> str:
+    """``block3/vision`` and ``block3/shared/vision`` -> ``vision``."""
+    return pool.rpartition("/")[2]
+
+
+def _write_numbers(axes: Axes, grid: Sequence[Sequence[float]], norm: TwoSlopeNorm) -> None:
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            if value == value:  # not a place beyond the end of a shorter row
+                red, green, blue, _ = _LOAD_COLORS(float(norm(value)))
+                color = "#1c1c1c" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
+                axes.text(column + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", color=color, fontsize=7.5)
+
+
+def _legend_above(axes: Axes) -> None:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside upper left", ncols=2, columnspacing=1.2, handlelength=1.2, borderpad=0, labelspacing=0.2)
+
+
+def _label_steps(axes: Axes, ylabel: str) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+
+
+def _draw(draw: Callable[[Axes], None], *, size: tuple[float, float], name: str) -> str:
+    # The name salts the ids of clip paths and markers, so that figures on one page do not take each other's.
+    style: Any = _STYLE | {"svg.hashsalt": name}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return _for_page(buffer.getvalue(), max_width=size[0])
+
+
+def _for_page(svg: str, *, max_width: float) -> str:
+    """The ``<svg>`` element with the colours of the page, at most as wide as it was drawn."""
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r' id="[a-zA-Z]+_[\d_a-z]+"', "", svg)  # figure_1, axes_1, text_3: the same in every figure
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    for stand_in, color in _THEME.items():
+        svg = svg.replace(stand_in, color)
+    return svg.replace("<svg ", f'<svg role="img" style="max-width: {max_width * _PIXELS_PER_INCH:.0f}px" ', 1)

@@ -1,0 +1,116 @@
+"""From runs to the finished page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import mhmoe_vl
+from mhmoe_vl.distributed.world import World
+from mhmoe_vl.report.collect import RunRecord, cost_parity
+from mhmoe_vl.report.figures import score_bars
+from mhmoe_vl.report.masked import MaskedSample, masked_samples
+from mhmoe_vl.report.progress import expert_use, progress
+from mhmoe_vl.report.samples import PREDICTIONS, caption_samples, evaluated_shards, nlvr2_samples, vqa_samples
+from mhmoe_vl.train import run_directory
+
+#: Runs as the page calls them.
+TASK_NAMES = {
+    "pretrain": "Pretraining",
+    "vqa": "Visual question answering",
+    "nlvr2": "Sentences about pairs of images (NLVR2)",
+    "captioning": "Captioning",
+}
+_SAMPLES_OF: dict[str, Callable[..., list[Any]]] = {
+    "vqa": vqa_samples,
+    "nlvr2": nlvr2_samples,
+    "captioning": caption_samples,
+}
+_UNKNOWN = "n/a"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the reader of the page will see.
+
+    Attributes:
+        shards: evaluated shards by task, where they are not those of the run's own validation.
+        num_samples: samples with predictions per task; with 0 neither weights nor shards are read.
+        command: the command line that made the report.
+    """
+
+    title: str
+    shards: Mapping[str, list[str]]
+    num_samples: int
+    command: str
+
+
+def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> str:
+    """The whole page as one HTML document that needs no other file and no network.
+
+    The same runs give the same bytes.
+
+    Raises:
+        UserError: a run or its shards cannot be read.
+    """
+    sections = {
+        "scores": [(run, run.card, score_bars(run.card)) for run in runs if run.card is not None],
+        "parity": list(dict.fromkeys(cost_parity(run.config.model) for run in runs)),
+        "progress": [(run, of_run) for run in runs if (of_run := progress(run)) is not None],
+        "experts": [(run, use) for run in runs if (use := expert_use(run)) is not None],
+        "masked": _masked(runs, world, options),
+        "samples": {run.task: _samples(run, options) for run in runs if run.task in _SAMPLES_OF},
+    }
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(sections, runs=runs, options=options, task_names=TASK_NAMES, version=mhmoe_vl.__version__)
+    )
+
+
+def _masked(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> dict[str, list[MaskedSample]]:
+    """Of the pretraining run, once it has weights."""
+    if options.num_samples == 0:
+        return {}
+    finished = [run for run in runs if run.task == "pretrain" and (run.directory / run_directory.WEIGHTS).is_file()]
+    return {
+        source: samples
+        for run in finished
+        for source, samples in masked_samples(run.directory, world, num_samples=options.num_samples).items()
+    }
+
+
+def _samples(run: RunRecord, options: ReportOptions) -> list[Any]:
+    """Of a fine-tuning run, once it has predictions for shards that are known."""
+    shards = evaluated_shards(run, options.shards.get(run.task))
+    if options.num_samples == 0 or not shards or not (run.directory / PREDICTIONS[run.task]).is_file():
+        return []
+    return _SAMPLES_OF[run.task](run, shards, num_samples=options.num_samples)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mhmoe_vl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": Markup, "number": _number, "count": _count, "percent": _percent}
+    return environment
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return _UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,}"
+
+
+def _percent(value: float | None) -> str:
+    return _UNKNOWN if value is None else f"{value:.1%}"
