@@ -31,6 +31,7 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self._read_special_tokens_as_text()
         special: list[int] = [index for index in ids if index is not None]
+        self._special_ids = frozenset(special)
         self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unknown_id = special
         self.num_tokens: int = tokenizer.get_vocab_size()
         #: Ids that random replacement may draw and that decoding may produce.
@@ -63,9 +64,6 @@ class TextTokenizer:
         return [self.bos_id, *ids[: max_length - 2], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self.tokenizer.decode([i for i in ids if i != self.mask_id], skip_special_tokens=True).strip()
-
-    def _read_special_tokens_as_text(self) -> None:
-        """A caption that spells out ``<mask>`` hides nothing."""
-        self.tokenizer.encode_special_tokens = True
+        """Text without special tokens; empty if there are no others."""
+        ordinary = [i for i in ids if i not in self._special_ids]
+        return self.tokenizer.decode(ordinary, skip_special_tokens=True).strip() if ordinary else ""

@@ -31,6 +31,7 @@ _MODALITY_COLORS = {"vision": _SERIES[0], "text": _SERIES[1]}
 
 _STYLE = {
     "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
     "axes.edgecolor": _GRID,
@@ -194,7 +195,10 @@ def _draw(draw: Callable[[Axes], None], *, size: tuple[float, float], name: str)
 def _for_page(svg: str, *, max_width: float) -> str:
     """The ``<svg>`` element with the colours of the page, at most as wide as it was drawn."""
     svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r' id="[a-zA-Z]+_[\d_a-z]+"', "", svg)  # figure_1, axes_1, text_3: the same in every figure
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # would hold for the whole page
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    # Other ids (figure_1, axes_1, text_3) name nothing and are the same in every figure.
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     for stand_in, color in _THEME.items():
         svg = svg.replace(stand_in, color)

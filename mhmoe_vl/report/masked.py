@@ -160,6 +160,7 @@ def _piece(tokenizer: TextTokenizer, before: list[int], token: int) -> str:
     """What ``token`` adds to the text before it. Some tokenizers show a token differently where a text starts, and all
     show the bytes of an unfinished character as a replacement character."""
     decode = tokenizer.tokenizer.decode
-    start = decode(before, skip_special_tokens=False)
+    # Without tokens there is nothing to decode, and CLIP's decoder panics in Rust.
+    start = decode(before, skip_special_tokens=False) if before else ""
     whole = decode([*before, token], skip_special_tokens=False)
     return whole[len(start) :] if whole.startswith(start) else decode([token], skip_special_tokens=False)

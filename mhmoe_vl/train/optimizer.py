@@ -63,6 +63,8 @@ def build_optimizer(task: Task, config: OptimizerConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
+        # One pass over memory instead of ten; on a small model the plain loop is a fifth of a step.
+        fused=True,
     )
 
 

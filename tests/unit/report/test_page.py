@@ -1,0 +1,208 @@
+"""The command line, on a pretraining run that was really trained and a fine-tuning run whose files the test wrote."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhmoe_vl.distributed.world import World
+from mhmoe_vl.report.__main__ import main
+from mhmoe_vl.train.run import train
+from tests.unit.report.runs import (
+    CARD,
+    run_config,
+    write_codebook,
+    write_pairs,
+    write_run,
+    write_shard,
+    write_tokenizer,
+)
+
+WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+VOID = {"meta", "img", "br", "link", "input"}
+HOSTILE = "is <script>alert(1)</script> & red?"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``pretrain``, trained for 4 steps, and ``vqa``, made by hand."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer, codebook = write_tokenizer(folder / "tokenizer.json"), write_codebook(folder / "codebook.safetensors")
+    pairs = {"kind": "pair", "shards": str(write_pairs(folder / "pairs.tar"))}
+    train(
+        run_config(folder / "pretrain", {"kind": "pretrain", "visual_codebook": str(codebook)}, pairs, tokenizer), WORLD
+    )
+
+    kinds = {"question_type": "is", "answer_type": "yes/no"}
+    questions = [{"question_id": 7, "question": HOSTILE, "answers": ["no"] * 10} | kinds]
+    shard = write_shard(folder / "vqa.tar", "vqa", [({"image_id": 1, "questions": questions}, ["png"])])
+    (folder / "answers.json").write_text(json.dumps({"answers": ["yes", "no"]}))
+    task = {"kind": "vqa", "answers": str(folder / "answers.json")}
+    config = run_config(folder / "vqa", task, {"kind": "vqa", "shards": str(shard)}, tokenizer)
+    records = [
+        {"kind": "train", "step": 2, "vqa": 0.75, "vqa_accuracy": 0.5, "samples_per_second": 10.0},
+        {"kind": "validation", "step": 2, "vqa": 0.5, "vqa_accuracy": 0.25},
+    ]
+    directory = write_run(config, records=records, card=CARD)
+    (directory / "vqa_predictions.json").write_text(json.dumps([{"question_id": 7, "answer": "no"}]))
+    return folder
+
+
+def report(runs: Path, out: Path, *tasks: str, options: tuple[str, ...] = ()) -> str:
+    given = [word for task in tasks for word in (f"--{task}", str(runs / task))]
+    assert main([*given, "--out", str(out), *options]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report(runs, tmp_path_factory.mktemp("out") / "report.html", "pretrain", "vqa")
+
+
+class Checker(HTMLParser):
+    """Notes references and ids, and that tags close in the order in which they opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"script", "link", "iframe", "object", "embed"}
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href", "srcset", "poster", "data"}:
+                self.references.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def checked(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def test_the_page_needs_nothing_but_itself(page: str) -> None:
+    checker = checked(page)
+    assert len(checker.ids) == len(set(checker.ids))
+    for reference in checker.references:
+        assert reference.startswith("data:image/") or reference.removeprefix("#") in checker.ids, reference[:80]
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_every_section_of_what_is_there_and_no_other(page: str) -> None:
+    sections = re.findall(r'<section id="([^"]*)"', page)
+    assert sections == ["scores", "curves", "experts", "masked", "samples-vqa", "made"]
+    assert re.findall(r'<a href="#([^"]*)"', page) == sections
+
+
+def test_scores_stand_beside_their_baselines_and_cost(page: str) -> None:
+    text = html.unescape(re.sub(r"<[^>]*>", " ", page))
+    for shown in ("43.22", "21.50", "30.25", "1,234", "7,654,321", "765,432", "98,765", "question-only prior", "12.62"):
+        assert shown in text, shown
+    assert "mhmoe in one block of 2: 4 experts of width 64" in text
+
+
+def test_curves_and_experts_are_those_of_the_run(page: str, runs: Path) -> None:
+    records = [json.loads(line) for line in (runs / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "validation"][-1]
+    assert f"<td>{last['pair_mlm']:.3f}</td><td>{last['pair_mlm_perplexity']:,.2f}</td>" in page
+    entropy = [record for record in records if record["kind"] == "experts"][-1]["entropy"]
+    for pool, value in entropy.items():
+        row = re.search(rf"<tr><td>{pool}</td>(.*?)</tr>", page)
+        assert row is not None
+        assert f"<td>{value:.3f}</td>" in row[1]
+
+
+def test_masked_pairs_have_four_pictures_and_their_words(page: str) -> None:
+    section = page[page.index('<section id="masked"') : page.index('<section id="samples-vqa"')]
+    assert section.count("<article>") == 8
+    assert section.count("<img ") == 4 * 8
+    assert "of 2 codes right" in section  # 40 % of 4 patches
+    assert '<span class="word' in section
+
+
+def test_text_of_data_is_escaped_and_judged(page: str) -> None:
+    assert "<script" not in page
+    section = page[page.index('<section id="samples-vqa"') :]
+    assert html.escape(HOSTILE) in section
+    assert '<span class="verdict right">' in section
+
+
+def test_how_it_was_made_is_there(page: str) -> None:
+    made = html.unescape(page[page.index('<section id="made"') :])
+    assert "python -m mhmoe_vl.train --config x.yaml" in made
+    assert "seed: 5" in made
+    assert "python -m mhmoe_vl.report --pretrain" in made
+
+
+def test_the_same_runs_give_the_same_bytes(page: str, runs: Path, tmp_path: Path) -> None:
+    again = report(runs, tmp_path / "report.html", "pretrain", "vqa")
+    assert re.sub(r"--out \S+", "", again) == re.sub(r"--out \S+", "", page)
+
+
+def test_an_unfinished_run_shows_what_it_has(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "pretrain", tmp_path / "pretrain")
+    (tmp_path / "pretrain" / "model.safetensors").unlink()
+    page = report(tmp_path, tmp_path / "report.html", "pretrain")
+    assert re.findall(r'<section id="([^"]*)"', page) == ["curves", "experts", "made"]
+    (tmp_path / "pretrain" / "metrics.jsonl").unlink()
+    page = report(tmp_path, tmp_path / "report.html", "pretrain")
+    assert re.findall(r'<section id="([^"]*)"', page) == ["made"]
+    checked(page)
+
+
+def test_without_samples_no_shards_are_read(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "vqa", tmp_path / "vqa")
+    config = (tmp_path / "vqa" / "config.yaml").read_text()
+    (tmp_path / "vqa" / "config.yaml").write_text(config.replace("vqa.tar", "gone.tar"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--vqa", str(tmp_path / "vqa"), "--out", str(tmp_path / "report.html")])
+    assert exit_info.value.code == 65
+    page = report(tmp_path, tmp_path / "report.html", "vqa", options=("--num-samples", "0"))
+    assert re.findall(r'<section id="([^"]*)"', page) == ["scores", "curves", "made"]
+
+
+def test_captioning_is_compared_with_a_caption(runs: Path, tmp_path: Path) -> None:
+    source = {"kind": "pair", "shards": str(runs / "pairs.tar")}
+    config = run_config(tmp_path / "captioning", {"kind": "captioning"}, source, runs / "tokenizer.json")
+    card = replace(CARD, task="captioning", metric="CIDEr x 100", blind=None, cost={}, details={}, notes=())
+    write_run(config, card=card)
+    page = report(tmp_path, tmp_path / "report.html", "captioning")
+    assert "best constant caption" in page
+    assert "n/a" in page
+    assert 'id="samples-captioning"' not in page
+
+
+def test_scores_are_written_too(runs: Path, tmp_path: Path) -> None:
+    report(runs, tmp_path / "report.html", "vqa", options=("--scores", str(tmp_path / "scores.json")))
+    expected = {"vqa": {"score": 43.217, "majority": 21.5, "blind": 30.25, "n": 1234}}
+    assert json.loads((tmp_path / "scores.json").read_text()) == expected
+
+
+def test_no_run_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--out", str(tmp_path / "report.html")])
+    assert exit_info.value.code == 64
+    assert "give at least one of --pretrain, --vqa, --nlvr2, --captioning" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
