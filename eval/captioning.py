@@ -62,7 +62,9 @@ def _predict(args: argparse.Namespace, world: World, *, blind: bool, out: Path) 
     task = cast(CaptioningTask, trained.task)
     if blind:
         task.task_config = task.task_config.model_copy(update={"blind": True})
-    settings = BeamSettings(args.num_beams, min(args.max_length, trained.config.data.text_length), args.length_penalty)
+    # The start token takes one of the positions that the model was trained with.
+    longest = trained.config.data.text_length - 1
+    settings = BeamSettings(args.num_beams, min(args.max_length, longest), args.length_penalty)
     batches = trained.batches(args.data, batch_size=args.batch_size)
     captions = predict_captions(task, batches, trained.tokenizer, settings)
     if world.is_main:

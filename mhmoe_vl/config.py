@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,10 +39,10 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
 
 
 def validate_config(schema: type[ConfigT], tree: dict[str, Any], where: str = "config") -> ConfigT:
-    """Validate a plain mapping, with every problem as one line that names the key.
+    """Validate a plain mapping, with every problem named by its key.
 
     Raises:
-        ConfigError: listing all problems found, one per line.
+        ConfigError: listing all problems found.
     """
     try:
         return schema.model_validate(tree)
@@ -84,6 +84,8 @@ def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     bases = loaded.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list | ListConfig) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: 'base' must be a file name or a list of file names")
     merged: Any = OmegaConf.create({})
     for base in bases:
         merged = OmegaConf.merge(merged, _load_tree(path.parent / base, (*chain, path.resolve())))
@@ -99,7 +101,7 @@ def _plain(node: Any) -> dict[str, Any]:
 
 def _explain(schema: type[BaseModel], tree: Any, problem: Any) -> str:
     location = problem["loc"]
-    name = ".".join(map(str, location))
+    name = ".".join(_keys_of(tree, problem))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(schema, location[:-1])
         return f"{name}: unknown key{suggest(str(location[-1]), known)}; known keys: {', '.join(known)}"
@@ -111,6 +113,16 @@ def _explain(schema: type[BaseModel], tree: Any, problem: Any) -> str:
     return f"{name}: {problem.get('input')!r}: {message}"
 
 
+def _keys_of(tree: Any, problem: Any) -> list[str]:
+    """The keys of the configuration on the way to a problem; pydantic puts tags and types of unions among them."""
+    keys = []
+    for part in problem["loc"]:
+        if isinstance(tree, list) or (isinstance(tree, dict) and part in tree):
+            tree = tree[part]
+            keys.append(str(part))
+    return [*keys, str(problem["loc"][-1])] if problem["type"] == "missing" else keys
+
+
 def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the model that ``location`` points into (through optionals, unions, lists and mappings)."""
     models = _models_in(schema)
@@ -120,8 +132,9 @@ def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
             field = model.model_fields.get(str(part))
             if field is not None:
                 step += _models_in(field.annotation)
-        # A list index, a mapping key or the tag of a union does not change the candidates.
-        models = step or models
+        # The tag of a union picks one of its models; a list index or a mapping key does not change the candidates.
+        tagged = [model for model in models if any(f.default == part for f in model.model_fields.values())]
+        models = step or tagged or models
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 

@@ -89,12 +89,13 @@ class ShardDataset(Dataset[MicroBatch]):
     def _example_or_neighbour(self, ref: SampleRef, problems: list[str]) -> Example:
         """The example, or the next good one: every rank and every run replaces a broken sample by the same one."""
         size = len(self.sources[ref.source])
-        for attempt in range(min(_MAX_REPLACEMENTS, size)):
+        num_attempts = min(_MAX_REPLACEMENTS, size)
+        for attempt in range(num_attempts):
             try:
                 return self._example(ref._replace(item=(ref.item + attempt) % size))
             except DataError as error:
                 problems.append(str(error))
-        raise DataError(f"{_MAX_REPLACEMENTS} samples in a row are broken; the last: {problems[-1]}")
+        raise DataError(f"{num_attempts} samples in a row are broken; the last: {problems[-1]}")
 
     def _example(self, ref: SampleRef) -> Example:
         source = self.sources[ref.source]

@@ -45,12 +45,11 @@ class MixturePlan:
     seed: int
 
     def __post_init__(self) -> None:
-        sum_of_weights = sum(Fraction(weight) for weight in self.weights.values())
-        for source, weight in self.weights.items():
-            if self.batch_size * Fraction(weight) < sum_of_weights:
+        for source, share in self._shares().items():
+            if self.batch_size * share < 1:
                 raise ConfigError(
-                    f"data.train.{source}.weight: {weight} of {float(sum_of_weights)} gives less than one of the "
-                    f"{self.batch_size} samples of a step; raise it, or data.batch_size"
+                    f"data.train.{source}.weight: {self.weights[source]} is {float(share):.2%} of all weights, less "
+                    f"than one of the {self.batch_size} samples of a step; raise it, or data.batch_size"
                 )
 
     def num_consumed(self, step: int) -> dict[str, int]:
@@ -60,8 +59,7 @@ class MixturePlan:
         stays within one sample of its share.
         """
         total = step * self.batch_size
-        sum_of_weights = sum(Fraction(weight) for weight in self.weights.values())
-        exact = {source: total * Fraction(weight) / sum_of_weights for source, weight in self.weights.items()}
+        exact = {source: total * share for source, share in self._shares().items()}
         consumed = {source: int(share) for source, share in exact.items()}
         by_remainder = sorted(exact, key=lambda source: (consumed[source] - exact[source], source))
         for source in by_remainder[: total - sum(consumed.values())]:
@@ -87,6 +85,11 @@ class MixturePlan:
             ]
             for source, numbers in self.numbers(step).items()
         }
+
+    def _shares(self) -> dict[str, Fraction]:
+        """Exact for the decimals that were written: three weights of 0.1 are a third each."""
+        weights = {source: Fraction(str(weight)) for source, weight in self.weights.items()}
+        return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
     def _ref(self, source: str, number: int) -> SampleRef:
         epoch, position = divmod(number, self.num_items[source])

@@ -28,8 +28,9 @@ class TextTokenizer:
                 f"{name}: the tokenizer lacks {', '.join(missing)}; "
                 "train one with python -m data_prep.train_text_tokenizer"
             )
+        # A caption that spells out <mask> is text, not a special token.
+        tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
-        self._read_special_tokens_as_text()
         special: list[int] = [index for index in ids if index is not None]
         self._special_ids = frozenset(special)
         self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unknown_id = special
@@ -40,7 +41,7 @@ class TextTokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # The setting is no part of a tokenizer's file, so a pickle loses it.
-        self._read_special_tokens_as_text()
+        self.tokenizer.encode_special_tokens = True
 
     @staticmethod
     def load(path: str | Path) -> TextTokenizer:
@@ -67,3 +68,7 @@ class TextTokenizer:
         """Text without special tokens; empty if there are no others."""
         ordinary = [i for i in ids if i not in self._special_ids]
         return self.tokenizer.decode(ordinary, skip_special_tokens=True).strip() if ordinary else ""
+
+    def _read_special_tokens_as_text(self) -> None:
+        """A caption that spells out ``<mask>`` hides nothing."""
+        self.tokenizer.encode_special_tokens = True

@@ -75,11 +75,14 @@ def share_of_rank(items: Sequence[ItemT]) -> Sequence[ItemT]:
 
 
 @contextmanager
-def fail_together(error_type: type[UserError], what: str) -> Iterator[None]:
+def fail_together(error_type: type[UserError], what: str | None = None) -> Iterator[None]:
     """Run the body on every rank; if it raises on any of them, raise ``error_type`` on all.
 
     Without this the ranks that did not fail would wait in their next collective until it times out. The body may
     hold a collective only if that fails on all ranks alike.
+
+    Args:
+        what: begins the message. Without it, the ranks that failed raise their own error as it is.
     """
     problem = None
     cause: Exception | None = None
@@ -90,8 +93,11 @@ def fail_together(error_type: type[UserError], what: str) -> Iterator[None]:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         problem = " ".join(reason.split())
     problems = [reported for reported in gather_objects(problem) if reported is not None]
+    if problems and what is None and cause is not None:
+        raise cause
     if problems:
-        raise error_type(f"{what}: {'; '.join(dict.fromkeys(problems))}") from cause
+        prefix = "" if what is None else f"{what}: "
+        raise error_type(prefix + "; ".join(dict.fromkeys(problems))) from cause
 
 
 def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -24,7 +24,8 @@ class BeamSettings:
     """How to search; the defaults are BEiT-3's.
 
     Attributes:
-        num_beams: hypotheses kept per image; 1 is greedy decoding.
+        num_beams: hypotheses kept per image; 1 is greedy decoding (but behind an end token it goes on with the next
+            best token while a longer caption could still score better).
         max_length: tokens of a caption, the end token included.
         length_penalty: a hypothesis of n tokens scores ``sum(log p) / n ** length_penalty``.
     """
@@ -73,12 +74,12 @@ def beam_search(
             beams: list[tuple[float, int, int]] = []
             for score, candidate in zip(candidate_scores, candidates, strict=True):
                 parent, token = divmod(candidate, log_probs_RV.shape[1])
-                if score == float("-inf"):
-                    continue
+                if score == float("-inf") or len(beams) == num_beams:
+                    break  # candidates are sorted: what follows is worse than every beam
                 if token == tokenizer.eos_id or length == settings.max_length:
                     ids = written[b][parent] + ([] if token == tokenizer.eos_id else [token])
                     finished[b].append(_Hypothesis(score / length**settings.length_penalty, ids))
-                elif len(beams) < num_beams:
+                else:
                     beams.append((score, parent, token))
             beams += [(float("-inf"), 0, tokenizer.eos_id)] * (num_beams - len(beams))
             written[b] = [[*written[b][parent], token] for _, parent, token in beams]

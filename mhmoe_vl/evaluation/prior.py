@@ -19,6 +19,9 @@ class TextPrior:
 
     Args:
         examples: (text, votes for each answer) of the training split.
+
+    Raises:
+        ValueError: no examples.
     """
 
     def __init__(self, examples: Iterable[tuple[str, Votes]]) -> None:
@@ -27,6 +30,8 @@ class TextPrior:
             words = _words(text)
             for length in range(len(words) + 1):
                 by_opening[words[:length]].update(votes)
+        if not by_opening:
+            raise ValueError("a prior needs at least one example")
         self._best = {opening: _winner(votes) for opening, votes in by_opening.items()}
 
     @property
@@ -37,10 +42,8 @@ class TextPrior:
     def answer(self, text: str) -> str:
         """The best answer to this text, or to its longest known opening."""
         words = _words(text)
-        for length in range(len(words), -1, -1):
-            if words[:length] in self._best:
-                return self._best[words[:length]]
-        raise ValueError("the prior has seen no examples")
+        openings = (words[:length] for length in range(len(words), -1, -1))
+        return next(self._best[opening] for opening in openings if opening in self._best)
 
 
 def vqa_prior(annotations: Sequence[Mapping[str, Any]]) -> TextPrior:

@@ -175,6 +175,9 @@ class MultiwayEncoder(nn.Module):
     ) -> Streams:
         if image is None and text_ids is None:
             raise ValueError("the encoder needs an image, a text, or both")
+        for modality, given in (("vision", image), ("text", text_ids)):
+            if given is not None and modality not in self.config.modalities:
+                raise ValueError(f"this encoder has no {modality} branch: its modalities are {self.config.modalities}")
         vision = None if image is None else self.vision_embedding(image, image_mask, blind=blind)
         text = None
         if text_ids is not None:

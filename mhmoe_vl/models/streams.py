@@ -46,7 +46,7 @@ class Multiway(nn.Module):
 
     Args:
         make: builds one copy.
-        modalities: which copies exist; a stream without a copy must be empty and passes through.
+        modalities: which copies exist; a stream without a copy must be empty and stays empty.
     """
 
     def __init__(self, make: Callable[[], nn.Module], modalities: Sequence[str], *, shared: bool = False) -> None:
@@ -61,12 +61,17 @@ class Multiway(nn.Module):
     def forward(self, streams: Streams) -> Streams:
         if self.is_shared:
             return Streams.split(self.shared(streams.joined()), streams.vision.shape[1])
-        return Streams(*(self._one(name, x) for name, x in streams._asdict().items()))
+        vision, text = self._one("vision", streams.vision), self._one("text", streams.text)
+        known = vision if vision is not None else text
+        assert known is not None
+        # The empty stream of an absent branch is as wide as what the other branch makes.
+        return Streams(known[:, :0] if vision is None else vision, known[:, :0] if text is None else text)
 
-    def _one(self, modality: str, x_BLD: Tensor) -> Tensor:
+    def _one(self, modality: str, x_BLD: Tensor) -> Tensor | None:
+        """None if there is no such branch."""
         module = self._modules.get(modality)
         if module is not None:
             return module(x_BLD)
         if x_BLD.shape[1]:
             raise ValueError(f"this encoder has no {modality} branch, but got {x_BLD.shape[1]} {modality} tokens")
-        return x_BLD
+        return None

@@ -37,7 +37,8 @@ class Nlvr2Task(Task):
         self.nlvr2_head = Nlvr2Head(model.dim)
 
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
-        return {"nlvr2": sum(len(batch) for batches in micro_batches for batch in batches.values())}
+        labels = [batch.label for batches in micro_batches for batch in batches.values()]
+        return {"nlvr2": sum(int((label != -1).sum()) for label in labels if label is not None)}
 
     def logits(self, batch: Batch) -> tuple[Tensor, list[LayerRouting]]:
         """Scores ``[B, 2]`` of false and true, float32. Both images go through the encoder as one batch."""
@@ -65,7 +66,7 @@ class Nlvr2Task(Task):
             assert batch.label is not None
             loss = F.cross_entropy(logits_B2, batch.label, reduction="sum", ignore_index=-1)
             output.loss = output.loss + loss / max(1.0, totals["nlvr2"])
-            count = torch.tensor(len(batch), device=device)
+            count = (batch.label != -1).sum()
             output.record("nlvr2", loss, count)
             output.record("nlvr2_accuracy", (logits_B2.argmax(-1) == batch.label).sum(), count)
         return self.add_auxiliary_losses(output, routings, num_micro_batches)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source
+from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import (
     ImageSamples,
     Nlvr2Samples,
@@ -105,6 +105,20 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
     return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
 
 
+def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:
+    """The order of the training data.
+
+    Raises:
+        ConfigError: a source is too light to give a sample to every step.
+    """
+    return MixturePlan(
+        num_items=dataset.num_items(),
+        weights={name: source.weight for name, source in config.data.train.items()},
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+    )
+
+
 def _build_samples(
     config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, *, training: bool
 ) -> SampleBuilder:
@@ -157,11 +171,3 @@ def _resized(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> t
         return tensor
     side = math.isqrt(own[name].shape[1] - 1)
     return resize_positions(tensor, (side, side))
-
-
-def describe_sources(dataset: ShardDataset, weights: dict[str, float]) -> Sequence[str]:
-    """One line per source: size and share of each step."""
-    total = sum(weights.values())
-    return [
-        f"{name}: {size} items, {weights[name] / total:.0%} of each step" for name, size in dataset.num_items().items()
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mhmoe_vl.models.cost import encoder_cost
-from mhmoe_vl.train.build import build_dataset, build_task
+from mhmoe_vl.train.build import build_dataset, build_plan, build_task
 from mhmoe_vl.train.config import RunConfig
 
 
@@ -34,6 +34,8 @@ def dry_run(config: RunConfig) -> str:
         )
     for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
         dataset = build_dataset(config, sources, training=split == "train")
+        if split == "train":
+            build_plan(config, dataset)
         for name, size in dataset.num_items().items():
             dataset.batch(name, [])  # decodes one sample
             lines.append(f"{split}.{name}: {size:,} items")

@@ -29,7 +29,7 @@ from mhmoe_vl.models.cost import EncoderCost, encoder_cost
 from mhmoe_vl.moe import RoutingStats
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
-from mhmoe_vl.train.build import build_dataset, build_task, transfer_weights
+from mhmoe_vl.train.build import build_dataset, build_plan, build_task, transfer_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import MetricsWriter, ProgressBar
 from mhmoe_vl.train.optimizer import build_optimizer, build_schedule
@@ -49,12 +49,13 @@ def train(config: RunConfig, world: World) -> None:
     Raises:
         UserError: anything that the user can mend; the message is one line.
     """
-    with fail_together(UserError, config.out):
+    with fail_together(UserError):
         if world.is_main:
             run_directory.prepare(config, world_size=world.world_size)
     config = run_directory.load_run(config.out)
     directory = Path(config.out)
     dataset = build_dataset(config, config.data.train, training=True)
+    plan = build_plan(config, dataset)
     held_out = build_dataset(config, config.data.validation, training=False) if config.data.validation else None
     task = build_task(config)
     if config.init_from is not None:
@@ -65,21 +66,15 @@ def train(config: RunConfig, world: World) -> None:
         _announce(config, task, dataset, cost)
     module = parallelize(task, strategy=_strategy(config, world), world=world, shard_units=task.encoder.shard_units())
     optimizer = build_optimizer(task, config.optimizer)
-    plan = MixturePlan(
-        num_items=dataset.num_items(),
-        weights={name: source.weight for name, source in config.data.train.items()},
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-    )
     first_step = _resume(config, module, optimizer, plan, world)
-    writer = MetricsWriter(directory, first_step=first_step) if world.is_main else None
+    writer = MetricsWriter(directory, num_steps_done=first_step) if world.is_main else None
     with _stop_signals() as stop:
         last_step = _loop(config, world, module, optimizer, dataset, held_out, plan, first_step, writer, stop)
     if writer is not None:
         writer.close()
-    export_weights(directory / run_directory.WEIGHTS, module, world=world)
     if last_step < config.max_steps:
         raise SystemExit(STOPPED)
+    export_weights(directory / run_directory.WEIGHTS, module, world=world)
 
 
 def _loop(
@@ -125,12 +120,13 @@ def _loop(
                 bar.show(done, journal.log(done, optimizer, result.grad_norm))
             stopping = any_rank(bool(stop))
             is_last = done == config.max_steps or stopping
-            if held_out is not None and (is_last or (config.validate_every and done % config.validate_every == 0)):
-                scores = validate(config, module, held_out, world)
-                journal.write("validation", done, scores)
-                bar.show(done, "validation " + _summary(scores))
-            if is_last or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                _save(config, module, optimizer, plan, done, world)
+            with journal.not_training():
+                if held_out is not None and (is_last or (config.validate_every and done % config.validate_every == 0)):
+                    scores = validate(config, module, held_out, world)
+                    journal.write("validation", done, scores)
+                    bar.show(done, "validation " + _summary(scores))
+                if is_last or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                    _save(config, module, optimizer, plan, done, world)
             if stopping:
                 return done
     return config.max_steps
@@ -148,6 +144,13 @@ class _Journal:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.writer is not None:
             self.writer.write(kind, step, values)
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Around validation and saving, whose time is no part of the training speed."""
+        start = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - start
 
     def note_problems(self, micro_batches: list[MicroBatch]) -> None:
         """Record broken samples, and stop if they are not exceptions.

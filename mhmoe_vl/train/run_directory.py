@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from mhmoe_vl.config import dump_config, load_config
+from mhmoe_vl.data.shards import write_atomically
 from mhmoe_vl.errors import ConfigError, OutputError
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.metrics import METRICS
 
 CONFIG, ENVIRONMENT, COST, WEIGHTS = "config.yaml", "environment.json", "cost.json", "model.safetensors"
 TOKENIZER, ANSWERS, CODEBOOK = "text_tokenizer.json", "answers.json", "visual_codebook.safetensors"
@@ -46,16 +48,19 @@ def prepare(config: RunConfig, *, world_size: int) -> RunConfig:
 
     Raises:
         OutputError: the directory cannot be written, or holds another run.
+        ConfigError: a file that the configuration names does not exist.
     """
     directory = Path(config.out)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        local = _with_local_files(config, directory)
     except OSError as error:
         raise OutputError(f"{directory}: cannot create the run directory: {error.strerror}") from None
     path = directory / CONFIG
-    if path.exists():
-        _require_same_run(local, load_config(RunConfig, path))
+    # A start that failed before the first step leaves a configuration, which the next try may correct.
+    has_begun = (directory / METRICS).exists()
+    if has_begun:
+        _require_same_run(config, load_config(RunConfig, path))
+    local = _with_local_files(config, directory, may_replace=not has_begun)
     write_text(path, dump_config(local))
     write_text(directory / ENVIRONMENT, json.dumps(environment(world_size), indent=2) + "\n")
     return local
@@ -87,25 +92,30 @@ def environment(world_size: int) -> dict[str, Any]:
     }
 
 
-def _with_local_files(config: RunConfig, directory: Path) -> RunConfig:
+def _with_local_files(config: RunConfig, directory: Path, *, may_replace: bool) -> RunConfig:
     """Copy the small files that the run depends on, so that the directory stands alone."""
-    data = config.data.model_copy(update={"text_tokenizer": _copy(config.data.text_tokenizer, directory / TOKENIZER)})
+    copy = partial(_copy, may_replace=may_replace)
+    data = config.data.model_copy(update={"text_tokenizer": copy(config.data.text_tokenizer, directory / TOKENIZER)})
     task = config.task
     if task.kind == "vqa":
-        task = task.model_copy(update={"answers": _copy(task.answers, directory / ANSWERS)})
+        task = task.model_copy(update={"answers": copy(task.answers, directory / ANSWERS)})
     elif task.kind == "pretrain":
-        task = task.model_copy(update={"visual_codebook": _copy(task.visual_codebook, directory / CODEBOOK)})
+        task = task.model_copy(update={"visual_codebook": copy(task.visual_codebook, directory / CODEBOOK)})
     return config.model_copy(update={"data": data, "task": task})
 
 
-def _copy(source: str, target: Path) -> str:
-    if not target.exists() or Path(source).resolve() != target.resolve():
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            shutil.copyfile(source, temporary)
-        except FileNotFoundError:
-            raise ConfigError(f"{source}: no such file, but the configuration names it for {target.stem}") from None
-        os.replace(temporary, target)
+def _copy(source: str, target: Path, *, may_replace: bool) -> str:
+    try:
+        content = Path(source).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}, but the configuration names it for {target.stem}") from None
+    if not target.exists() or (may_replace and target.read_bytes() != content):
+        write_atomically(target, content)
+    elif target.read_bytes() != content:
+        raise OutputError(
+            f"{target.parent}: holds another run ({source} differs from its {target.name}); choose another out= or "
+            "restore that file"
+        )
     return str(target)
 
 

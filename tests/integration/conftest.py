@@ -1,0 +1,54 @@
+"""One set of tiny shards for all tests of whole runs, made by the project's own programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import (
+    fit_visual_codebook,
+    make_scenes,
+    pack_images,
+    pack_nlvr2,
+    pack_pairs,
+    pack_text,
+    pack_vqa,
+    train_text_tokenizer,
+)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``images-train``, ``text-val`` and so on, of 24 and 8 scenes of 32 pixels; a tokenizer and a codebook."""
+    folder = tmp_path_factory.mktemp("data")
+    scenes = folder / "scenes"
+    sizes = "--num-train-images 24 --num-val-images 8 --num-train-statements 4 --num-val-statements 2"
+    texts = "--num-train-texts 24 --num-val-texts 6"
+    make_scenes.main(["--out", str(scenes), "--image-size", "32", *sizes.split(), *texts.split()])
+    for split in ("train", "val"):
+        _pack(folder, scenes, split)
+    sources = [str(folder / f"{kind}-train") for kind in ("pairs", "text", "vqa", "nlvr2")]
+    tokenizer = ["--vocab-size", "300", "--lowercase", "--out", str(folder / "tokenizer.json")]
+    assert train_text_tokenizer.main([*sources, *tokenizer]) == 0
+    codebook = ["--num-codes", "16", "--image-size", "32", "--out", str(folder / "codebook.safetensors")]
+    assert fit_visual_codebook.main(["--shards", str(folder / "images-train"), *codebook]) == 0
+    return folder
+
+
+def _pack(folder: Path, scenes: Path, split: str) -> None:
+    images = ["--images", str(scenes / "images" / split)]
+    vqa = ["--questions", str(scenes / f"vqa_{split}_questions.json"), *images]
+    vqa += ["--annotations", str(scenes / f"vqa_{split}_annotations.json")]
+    vqa += ["--image-pattern", "COCO_{data_subtype}_{image_id:012d}.png"]
+    answers = folder / "vqa-train" / "answers.json"
+    vqa += ["--min-answer-count", "1"] if split == "train" else ["--answers", str(answers)]
+    nlvr2 = ["--examples", str(scenes / f"nlvr2_{split}.json"), "--images", str(scenes / "images")]
+    for name, program, arguments in (
+        ("images", pack_images, [*images, "--samples-per-shard", "10"]),
+        ("text", pack_text, [str(scenes / f"text_{split}.txt")]),
+        ("pairs", pack_pairs, ["--coco", str(scenes / f"captions_{split}.json"), *images]),
+        ("vqa", pack_vqa, vqa),
+        ("nlvr2", pack_nlvr2, nlvr2),
+    ):
+        assert program.main([*arguments, "--out", str(folder / f"{name}-{split}")]) == 0  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""From a pretraining run to the three tasks and their evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eval.captioning
+import eval.nlvr2
+import eval.vqa
+from mhmoe_vl.config import validate_config
+from mhmoe_vl.distributed.weights import load_weights
+from mhmoe_vl.errors import CheckpointError, ConfigError
+from mhmoe_vl.train.build import build_task, transfer_weights
+from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.metrics import read_metrics
+from mhmoe_vl.train.trained import load_trained
+from tests.integration.runs import ALONE, final_weights, fine_tuning, pretraining, train
+
+PROGRAMS = {"vqa": eval.vqa, "nlvr2": eval.nlvr2, "captioning": eval.captioning}
+
+
+@pytest.fixture(scope="module")
+def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    train(pretraining(shards, out, max_steps=2))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each task, two steps long."""
+    folder = tmp_path_factory.mktemp("tuned")
+    for task in PROGRAMS:
+        train(fine_tuning(shards, folder / task, task, pretrained))
+    return {task: folder / task for task in PROGRAMS}
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_fine_tuning_learns_and_validates(tuned: dict[str, Path], task: str) -> None:
+    losses = [record["loss"] for record in read_metrics(tuned[task], "train")]
+    assert len(losses) == 2
+    (scores,) = read_metrics(tuned[task], "validation")
+    assert 0 <= scores[f"{task}_accuracy"] <= 1
+    assert scores[task] > 0
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_the_encoder_moves_and_new_heads_are_fresh(shards: Path, pretrained: Path, tmp_path: Path, task: str) -> None:
+    """The MLM head is the captioner's; the heads of the other two tasks are new."""
+    built = build_task(validate_config(RunConfig, fine_tuning(shards, tmp_path, task, pretrained)))
+    fresh = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+    source = load_weights(pretrained / "model.safetensors")
+    transfer_weights(built, source, str(pretrained))
+    for name, tensor in built.state_dict().items():
+        expected = source[name] if name.startswith(("encoder.", "mlm_head.")) else fresh[name]
+        assert torch.equal(tensor, expected), name
+    assert any(name.startswith("mlm_head.") for name in fresh) == (task == "captioning")
+
+
+def test_a_model_of_another_shape_is_refused(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    tree = fine_tuning(shards, tmp_path / "run", "vqa", pretrained)
+    tree["model"]["ffn"] = "smoe"
+    with pytest.raises(ConfigError, match=r"init_from: .* tensors of the encoder differ: .*use the model section of"):
+        train(tree)
+
+
+def test_larger_images_resize_the_positions(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    tree = fine_tuning(shards, tmp_path / "run", "nlvr2", pretrained)
+    tree["model"]["image_size"] = 64
+    train(tree)
+    positions = load_weights(tmp_path / "run" / "model.safetensors")["encoder.vision_embedding.positions"]
+    assert positions.shape[1] == 1 + 16
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, Path], task: str) -> None:
+    data = {"vqa": "vqa-val", "nlvr2": "nlvr2-val", "captioning": "pairs-val"}[task]
+    arguments = ["--run", str(tuned[task]), "--data", str(shards / data)]
+    arguments += ["--metrics", "BLEU"] if task == "captioning" else []
+    before = final_weights(tuned[task])
+    assert PROGRAMS[task].main(arguments) == 0
+    assert final_weights(tuned[task]) == before
+    num_expected = {"vqa": 42, "nlvr2": 8, "captioning": 8}[task]
+    assert len(predictions(tuned[task], task)) == num_expected
+    card = json.loads((tuned[task] / f"{task}_score.json").read_text())
+    assert card["n"] == num_expected
+    assert 0 <= card["score"] <= 1000
+    # Once more, in other batches: predictions must not depend on who shares a batch.
+    first = predictions(tuned[task], task)
+    assert PROGRAMS[task].main([*arguments, "--batch-size", "3"]) == 0
+    assert predictions(tuned[task], task) == first
+
+
+def predictions(run: Path, task: str) -> list[Any]:
+    name = {"vqa": "vqa_predictions.json", "nlvr2": "nlvr2_predictions.csv", "captioning": "caption_predictions.json"}
+    text = (run / name[task]).read_text()
+    return list(csv.reader(text.splitlines())) if task == "nlvr2" else json.loads(text)
+
+
+def test_only_a_finished_run_of_the_task_is_evaluated(shards: Path, tuned: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a run of task 'vqa', and 'nlvr2' is needed"):
+        load_trained(tuned["vqa"], ALONE, task_kind="nlvr2")
+    with pytest.raises(ConfigError, match="not a run directory"):
+        load_trained(tmp_path, ALONE, task_kind="vqa")
+    train(pretraining(shards, tmp_path / "stopped"), stop_after=1)
+    with pytest.raises(ConfigError, match="no weights; finish the run"):
+        load_trained(tmp_path / "stopped", ALONE, task_kind="pretrain")
+
+
+def test_weights_that_do_not_fit_are_one_line(tuned: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in tuned["vqa"].iterdir():
+        if file.is_file():
+            (run / file.name).write_bytes(file.read_bytes())
+    (run / "model.safetensors").write_bytes((tuned["nlvr2"] / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*vqa_head") as caught:
+        load_trained(run, ALONE, task_kind="vqa")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,90 @@
+"""From pictures to tensors."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from mhmoe_vl.data.image import AugmentConfig, ImageTransform
+
+EVERYTHING = AugmentConfig(crop_scale=0.3, flip=True, color_jitter=0.4, rand_augment=True)
+
+
+def picture(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(), EVERYTHING])
+def test_any_picture_becomes_a_square_of_bytes(augment: AugmentConfig | None) -> None:
+    for size in ((48, 40), (1, 1), (3, 200), (16, 16)):
+        pixels = ImageTransform(16, augment)(picture(size), 1)
+        assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
+
+
+def test_without_augmentation_it_is_pillow_s_bicubic_resize_whatever_the_seed() -> None:
+    image = picture()
+    expected = torch.from_numpy(np.array(image.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    for transform in (ImageTransform(16), ImageTransform(16, AugmentConfig(crop_scale=None, flip=False))):
+        assert not transform.is_random
+        assert torch.equal(transform(image, 1), expected)
+        assert torch.equal(transform(image, 2), expected)
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    image = picture((16, 16))
+    assert torch.equal(ImageTransform(16)(image, 0), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        AugmentConfig(crop_scale=0.3, flip=False),
+        AugmentConfig(crop_scale=None, flip=True),
+        AugmentConfig(crop_scale=None, flip=False, color_jitter=0.5),
+        AugmentConfig(crop_scale=None, flip=False, rand_augment=True),
+        EVERYTHING,
+    ],
+)
+def test_randomness_comes_from_the_seed_alone(augment: AugmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
+    transform, image = ImageTransform(16, augment), picture((16, 16))
+    results = []
+    for state in (1, 2):
+        torch.default_generator.manual_seed(state)
+        random.seed(state)
+        np.random.seed(state)
+        results.append([transform(image, seed) for seed in range(12)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len({tuple(pixels.flatten().tolist()) for pixels in results[0]}) > 1
+
+
+def test_the_global_generator_is_left_as_it_was() -> None:
+    torch.default_generator.manual_seed(5)
+    before = torch.get_rng_state()
+    ImageTransform(16, EVERYTHING)(picture(), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_flipping_mirrors_about_half() -> None:
+    image = picture((16, 16))
+    transform = ImageTransform(16, AugmentConfig(crop_scale=None, flip=True))
+    straight = ImageTransform(16)(image, 0)
+    num_straight = 0
+    for seed in range(200):
+        pixels = transform(image, seed)
+        is_straight = torch.equal(pixels, straight)
+        assert is_straight or torch.equal(pixels, straight.flip(-1))
+        num_straight += is_straight
+    assert 65 < num_straight < 135  # five standard deviations
+
+
+@pytest.mark.parametrize("change", [{"crop_scale": 0}, {"crop_scale": 1.5}, {"color_jitter": -1}])
+def test_impossible_augmentation_is_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        AugmentConfig(**change)
