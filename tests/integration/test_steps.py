@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from mhmoe_vl.tasks.pretrain import PretrainTask
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import read_metrics
-from mhmoe_vl.train.step import global_totals
+from mhmoe_vl.train.step import Figures, train_step
 from tests.distributed.fork_harness import run_ranks
 from tests.integration.runs import ALONE, figures, pretraining, tensors_of_checkpoint, train
 
@@ -37,10 +38,18 @@ def gradient(shards: Path, *, num_micro_batches: int, ffn: str) -> dict[str, Ten
     batches = list(train_loader(dataset, plan, steps=range(1), num_micro_batches=num_micro_batches, **options))  # type: ignore[arg-type]
     assert len(batches) == num_micro_batches
     task = build_task(config).train()
-    totals = global_totals(task, batches)
-    for batch in batches:
-        task(batch, totals, num_micro_batches).loss.backward()
-    return {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+    gradients: dict[str, Tensor] = {}
+
+    class Recorder(torch.optim.SGD):
+        """Keeps the gradients that it is given and leaves the weights alone."""
+
+        def step(self, closure: Any = None) -> None:
+            gradients.update({n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None})
+
+    optimizer = Recorder(task.parameters())
+    result = train_step(task, optimizer, batches, clip_norm=None, autocast=nullcontext(), figures=Figures())
+    assert result.is_good
+    return gradients
 
 
 @pytest.mark.parametrize("ffn", ["dense", "mhmoe"])

@@ -107,12 +107,13 @@ def _undecodable_images(index: ShardIndex) -> list[Skip]:
 
 
 def _find_repeated_keys(checks: Sequence[ShardCheck]) -> list[ShardCheck]:
-    owner: dict[str, str] = {}
+    """Keys are unique within a data set, which is a folder; two data sets may well share images."""
+    owner: dict[tuple[Path, str], str] = {}
     complete = []
     for check in checks:
         name, repeated = check.path.name, []
         for sample in check.index.samples if check.index else ():
-            first = owner.setdefault(sample.key, name)
+            first = owner.setdefault((check.path.parent, sample.key), name)
             if first != name:
                 repeated.append(Skip(f"{name}: {sample.key}", "duplicate_key", f"{first} has this key too"))
         complete.append(ShardCheck(check.path, check.index, (*check.problems, *repeated)))

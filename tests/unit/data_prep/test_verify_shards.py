@@ -66,6 +66,11 @@ def test_damage_is_found(
     assert captured.err.startswith("error: ")
 
 
+def test_two_data_sets_may_share_keys(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "y")
+    assert main([str(shards), str(tmp_path / "y")]) == 0
+
+
 def test_images_are_decoded_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [*pair_members("a"), ("b.jpg", image_bytes()[:300]), ("b.txt", b"text")]
     write_index(scan_shard(write_tar(tmp_path / "x.tar", members)))
