@@ -36,23 +36,35 @@ say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file for
 "$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --workers 2 "${scene_options[@]}"
 
 say "shards"
-for split in train val; do
-  images=$DATA/scenes/images/$split
+pack() {
+  local split=$1 images=$DATA/scenes/images/$1
   "$PYTHON" -m data_prep.pack_images --images "$images" --out $DATA/images-$split
   "$PYTHON" -m data_prep.pack_text $DATA/scenes/text_$split.txt --out $DATA/text-$split
   "$PYTHON" -m data_prep.pack_pairs --coco $DATA/scenes/captions_$split.json --images "$images" --out $DATA/pairs-$split
   "$PYTHON" -m data_prep.pack_nlvr2 --examples $DATA/scenes/nlvr2_$split.json --images $DATA/scenes/images --out $DATA/nlvr2-$split
-  if [ $split = train ]; then answers=(--min-answer-count 1); else answers=(--answers $DATA/vqa-train/answers.json); fi
-  "$PYTHON" -m data_prep.pack_vqa --questions $DATA/scenes/vqa_${split}_questions.json --annotations $DATA/scenes/vqa_${split}_annotations.json \
-    --images "$images" --image-pattern 'COCO_{data_subtype}_{image_id:012d}.png' --out $DATA/vqa-$split "${answers[@]}"
-done
-"$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train
+}
+pack_vqa() {
+  local split=$1
+  shift
+  "$PYTHON" -m data_prep.pack_vqa --questions $DATA/scenes/vqa_${split}_questions.json \
+    --annotations $DATA/scenes/vqa_${split}_annotations.json --images $DATA/scenes/images/$split \
+    --image-pattern 'COCO_{data_subtype}_{image_id:012d}.png' --out $DATA/vqa-$split "$@"
+}
+pack val &
+packing=$!
+pack train
+pack_vqa train --min-answer-count 1
+pack_vqa val --answers $DATA/vqa-train/answers.json
+wait $packing
 
 say "tokenizers"
-"$PYTHON" -m data_prep.train_text_tokenizer $DATA/pairs-train $DATA/text-train $DATA/vqa-train $DATA/nlvr2-train \
-  --vocab-size 448 --lowercase --out $DATA/tokenizer.json
+"$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train &
+verifying=$!
 "$PYTHON" -m data_prep.fit_visual_codebook --shards $DATA/images-train --num-codes $codes --image-size 64 --patch-size 16 \
   --out $DATA/visual_codebook.safetensors
+"$PYTHON" -m data_prep.train_text_tokenizer $DATA/pairs-train $DATA/text-train $DATA/vqa-train $DATA/nlvr2-train \
+  --vocab-size 448 --lowercase --out $DATA/tokenizer.json
+wait $verifying
 
 say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain

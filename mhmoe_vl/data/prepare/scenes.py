@@ -44,8 +44,8 @@ BACKGROUNDS = {
 }
 
 # Radius and largest displacement of the centre, in cell widths: their sum stays below one half, inside the cell.
-_RADIUS = {"small": 0.27, "large": 0.45}
-_MAX_OFFSET = {"small": 0.14, "large": 0.035}
+_RADIUS = {"small": 0.31, "large": 0.46}
+_MAX_OFFSET = {"small": 0.05, "large": 0.02}
 
 # Outlines in units of the radius; the circle is an ellipse.
 _ARM = 0.34
@@ -62,7 +62,7 @@ _SUPERSAMPLING = 4
 # Half of the scenes repeat one colour or shape, otherwise "how many red objects?" would hardly ever be 3 or 4.
 _THEME_SHARE = 0.5
 _THEME_STRENGTH = 0.85
-_NUM_OBJECTS_WEIGHTS = {True: (1, 3, 6, 12), False: (4, 6, 6, 6)}
+_NUM_OBJECTS_WEIGHTS = {True: (1, 3, 6, 12), False: (8, 6, 4, 2)}
 _VAL_BUCKETS, _NUM_BUCKETS = 1, 10
 
 
