@@ -135,13 +135,14 @@ class QuestionKind(NamedTuple):
 _YES_NO = ("yes", "no")
 # The rarest kinds come first: those that any scene can serve then even out the number of questions an image.
 QUESTION_KINDS = {
-    "relation": QuestionKind(0.06, "is the", "yes/no", _YES_NO),
-    "count": QuestionKind(0.12, "how many", "number", tuple(map(str, range(MAX_OBJECTS + 1)))),
-    "color": QuestionKind(0.26, "what color is the", "other", tuple(COLORS)),
-    "shape": QuestionKind(0.24, "what shape is the", "other", SHAPES),
-    "size": QuestionKind(0.10, "what size is the", "other", SIZES),
+    "relation": QuestionKind(0.04, "is the", "yes/no", _YES_NO),
+    "count": QuestionKind(0.10, "how many", "number", tuple(map(str, range(MAX_OBJECTS + 1)))),
+    "color": QuestionKind(0.22, "what color is the", "other", tuple(COLORS)),
+    "shape": QuestionKind(0.20, "what shape is the", "other", SHAPES),
+    "size": QuestionKind(0.08, "what size is the", "other", SIZES),
     "compare": QuestionKind(0.04, "are there", "yes/no", _YES_NO),
-    "exist": QuestionKind(0.18, "is there a", "yes/no", _YES_NO),
+    "exist": QuestionKind(0.26, "is there a", "yes/no", _YES_NO),
+    "exist-both": QuestionKind(0.06, "is there a", "yes/no", _YES_NO),
 }
 
 
@@ -150,8 +151,9 @@ def questions_about(scene: Scene) -> Iterator[Question]:
     counts = noun_counts(scene)
     for noun in (_OBJECT_NOUN, *_SIZE_NOUNS, *_SHAPE_NOUNS, *_COLOR_NOUNS):
         yield Question("count", f"how many {noun.plural} are there?", str(counts[noun]))
-    for noun in (*_SHAPE_NOUNS, *_COLOR_NOUNS, *_FULL_NOUNS):
-        yield Question("exist", f"is there a {noun}?", _yes_no(counts[noun] > 0))
+    for kind, nouns in (("exist", [*_SHAPE_NOUNS, *_COLOR_NOUNS]), ("exist-both", _FULL_NOUNS)):
+        for noun in nouns:
+            yield Question(kind, f"is there a {noun}?", _yes_no(counts[noun] > 0))
     for one, other in permutations(_SHAPE_NOUNS, 2):
         if counts[one] or counts[other]:
             more = _yes_no(counts[one] > counts[other])
@@ -279,8 +281,9 @@ def balanced_statements(scenes: Sequence[Scene], num_statements: int, rng: rando
 def _draw_statement(kind: str, rng: random.Random) -> tuple[str, Noun, _Pattern]:
     if kind in _PRESENCE_KINDS:
         template, pattern = _PRESENCE_KINDS[kind]
-        # Colours twice: they are learnt first, and the rest of the task through them.
-        noun = rng.choice(rng.choice((_COLOR_NOUNS, _COLOR_NOUNS, _SHAPE_NOUNS, _FULL_NOUNS)))
+        # Mostly colours: they are learnt first, and the rest of the task through them.
+        (nouns,) = rng.choices((_COLOR_NOUNS, _SHAPE_NOUNS, _FULL_NOUNS), weights=(6, 3, 1))
+        noun = rng.choice(nouns)
         return template.format(noun), noun, pattern
     noun = rng.choice((_OBJECT_NOUN, *_SHAPE_NOUNS, *_COLOR_NOUNS))
     levels = range(MAX_OBJECTS + 1)
