@@ -246,15 +246,15 @@ class Statement(NamedTuple):
 _Pattern = tuple[tuple[int, int, bool], ...]
 
 _PRESENCE_KINDS: dict[str, tuple[str, _Pattern]] = {
-    "left": ("the left image contains a {}.", ((1, 0, True), (1, 1, True), (0, 1, False), (0, 0, False))),
-    "right": ("the right image contains a {}.", ((0, 1, True), (1, 1, True), (1, 0, False), (0, 0, False))),
-    "both": ("both images contain a {}.", ((1, 1, True), (1, 1, True), (1, 0, False), (0, 1, False))),
+    "left": ("there is a {} in the left image.", ((1, 0, True), (1, 1, True), (0, 1, False), (0, 0, False))),
+    "right": ("there is a {} in the right image.", ((0, 1, True), (1, 1, True), (1, 0, False), (0, 0, False))),
+    "both": ("there is a {} in both images.", ((1, 1, True), (1, 1, True), (1, 0, False), (0, 1, False))),
     "exactly-one": (
-        "exactly one of the images contains a {}.",
+        "there is a {} in exactly one of the images.",
         ((1, 0, True), (0, 1, True), (1, 1, False), (0, 0, False)),
     ),
 }
-STATEMENT_SHARES = {"left": 27, "right": 27, "both": 18, "exactly-one": 8, "total": 6, "more": 8, "same-number": 6}
+STATEMENT_SHARES = {"left": 30, "right": 30, "both": 20, "exactly-one": 5, "total": 5, "more": 5, "same-number": 5}
 
 
 def balanced_statements(scenes: Sequence[Scene], num_statements: int, rng: random.Random) -> list[Statement]:
