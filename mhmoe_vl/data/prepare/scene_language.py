@@ -135,14 +135,15 @@ class QuestionKind(NamedTuple):
 _YES_NO = ("yes", "no")
 # The rarest kinds come first: those that any scene can serve then even out the number of questions an image.
 QUESTION_KINDS = {
-    "relation": QuestionKind(0.04, "is the", "yes/no", _YES_NO),
+    "relation": QuestionKind(0.03, "is the", "yes/no", _YES_NO),
     "count": QuestionKind(0.10, "how many", "number", tuple(map(str, range(MAX_OBJECTS + 1)))),
     "color": QuestionKind(0.22, "what color is the", "other", tuple(COLORS)),
-    "shape": QuestionKind(0.20, "what shape is the", "other", SHAPES),
+    "shape": QuestionKind(0.18, "what shape is the", "other", SHAPES),
     "size": QuestionKind(0.08, "what size is the", "other", SIZES),
-    "compare": QuestionKind(0.04, "are there", "yes/no", _YES_NO),
+    "compare": QuestionKind(0.03, "are there", "yes/no", _YES_NO),
     "exist": QuestionKind(0.26, "is there a", "yes/no", _YES_NO),
-    "exist-both": QuestionKind(0.06, "is there a", "yes/no", _YES_NO),
+    "exist-shape": QuestionKind(0.06, "is there a", "yes/no", _YES_NO),
+    "exist-both": QuestionKind(0.04, "is there a", "yes/no", _YES_NO),
 }
 
 
@@ -151,7 +152,7 @@ def questions_about(scene: Scene) -> Iterator[Question]:
     counts = noun_counts(scene)
     for noun in (_OBJECT_NOUN, *_SIZE_NOUNS, *_SHAPE_NOUNS, *_COLOR_NOUNS):
         yield Question("count", f"how many {noun.plural} are there?", str(counts[noun]))
-    for kind, nouns in (("exist", [*_SHAPE_NOUNS, *_COLOR_NOUNS]), ("exist-both", _FULL_NOUNS)):
+    for kind, nouns in (("exist", _COLOR_NOUNS), ("exist-shape", _SHAPE_NOUNS), ("exist-both", _FULL_NOUNS)):
         for noun in nouns:
             yield Question(kind, f"is there a {noun}?", _yes_no(counts[noun] > 0))
     for one, other in permutations(_SHAPE_NOUNS, 2):
@@ -282,7 +283,7 @@ def _draw_statement(kind: str, rng: random.Random) -> tuple[str, Noun, _Pattern]
     if kind in _PRESENCE_KINDS:
         template, pattern = _PRESENCE_KINDS[kind]
         # Mostly colours: they are learnt first, and the rest of the task through them.
-        (nouns,) = rng.choices((_COLOR_NOUNS, _SHAPE_NOUNS, _FULL_NOUNS), weights=(6, 3, 1))
+        (nouns,) = rng.choices((_COLOR_NOUNS, _SHAPE_NOUNS, _FULL_NOUNS), weights=(8, 1, 1))
         noun = rng.choice(nouns)
         return template.format(noun), noun, pattern
     noun = rng.choice((_OBJECT_NOUN, *_SHAPE_NOUNS, *_COLOR_NOUNS))
