@@ -53,7 +53,8 @@ def validate_config(schema: type[ConfigT], tree: dict[str, Any], where: str = "c
 
 def dump_config(config: Config) -> str:
     """The fully resolved configuration as YAML, loadable by :func:`load_config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Non-ASCII text is escaped: YAML would fold some of it (U+0085, U+2028) into a space when it is read back.
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
