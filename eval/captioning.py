@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from mhmoe_vl.distributed.world import World, open_world
-from mhmoe_vl.errors import ConfigError, exit_on_user_error
+from eval.command_line import Evaluation, evaluate, positive
+from mhmoe_vl.distributed.world import World
 from mhmoe_vl.evaluation.beam_search import BeamSettings
 from mhmoe_vl.evaluation.caption_scores import METRICS, load_caption_results, score_captions, write_caption_results
 from mhmoe_vl.evaluation.constant_caption import best_constant_caption
@@ -23,85 +23,76 @@ from mhmoe_vl.evaluation.predict import predict_captions
 from mhmoe_vl.evaluation.score_card import ScoreCard
 from mhmoe_vl.evaluation.truth import caption_references
 from mhmoe_vl.tasks.captioning import CaptioningTask
-from mhmoe_vl.train.trained import cost_of, load_trained, train_shards
+from mhmoe_vl.train.trained import load_trained
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m eval.captioning", description="Captions and their scores.")
-    parser.add_argument("step", nargs="?", choices=("predict", "score", "all"), default="all")
-    parser.add_argument("--run", type=Path, help="directory of a fine-tuning run")
-    parser.add_argument("--data", nargs="+", required=True, help="shards of the split")
-    parser.add_argument("--predictions", type=Path, help="results JSON (default: RUN/caption_predictions.json)")
-    parser.add_argument("--train-data", nargs="+", help="shards with candidates for the constant caption")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC")
-    parser.add_argument("--out", type=Path, help="score card JSON (default: RUN/captioning_score.json)")
-    parser.add_argument("--num-beams", type=int, default=BeamSettings.num_beams)
-    parser.add_argument("--max-length", type=int, default=BeamSettings.max_length)
-    parser.add_argument("--length-penalty", type=float, default=BeamSettings.length_penalty)
-    parser.add_argument("--batch-size", type=int, default=32)
-    args = parser.parse_args(argv)
-    with exit_on_user_error(), open_world() as world:
-        if args.run is None and (args.step != "score" or args.predictions is None):
-            raise ConfigError("--run: is required, unless step is 'score' and --predictions is given")
-        args.predictions = args.predictions or args.run / "caption_predictions.json"
-        if args.step in ("predict", "all"):
-            _predict(args, world, blind=False, out=args.predictions)
-            _predict(args, world, blind=True, out=_blind_path(args.predictions))
-        if args.step in ("score", "all") and world.is_main:
-            _score(args)
-    return 0
+class CaptioningEvaluation(Evaluation):
+    """Captions by beam search against all references of an image; blind is the same model without the image."""
+
+    task = "captioning"
+    predictions_name = "caption_predictions.json"
+    batch_size = 32
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC")
+        parser.add_argument("--num-beams", type=positive, default=BeamSettings.num_beams)
+        parser.add_argument("--max-length", type=positive, default=BeamSettings.max_length)
+        parser.add_argument("--length-penalty", type=float, default=BeamSettings.length_penalty)
+
+    def predict(self, run: Path, out: Path, args: argparse.Namespace, world: World) -> None:
+        self._predict(run, out, args, world, blind=False)
+
+    def predict_blind(self, args: argparse.Namespace, world: World) -> None:
+        self._predict(args.run, _blind_path(args.predictions), args, world, blind=True)
+
+    def _predict(self, run: Path, out: Path, args: argparse.Namespace, world: World, *, blind: bool) -> None:
+        trained = load_trained(run, world, task_kind="captioning")
+        task = cast(CaptioningTask, trained.task)
+        task.task_config = task.task_config.model_copy(update={"blind": blind or task.task_config.blind})
+        # The start token takes one of the positions that the model was trained with.
+        longest = trained.config.data.text_length - 1
+        settings = BeamSettings(args.num_beams, min(args.max_length, longest), args.length_penalty)
+        captions = predict_captions(
+            task, trained.batches(args.data, batch_size=args.batch_size), trained.tokenizer, settings
+        )
+        if world.is_main:
+            write_caption_results(out, captions)
+            print(f"{out}: {len(captions)} captions{' without the image' if blind else ''}")
+
+    def score(self, args: argparse.Namespace, train_data: Sequence[str] | None) -> ScoreCard:
+        references = caption_references(args.data)
+        scores = score_captions(load_caption_results(args.predictions), references, metrics=args.metrics)
+        majority = blind = None
+        unavailable = (f"{name}: {why}" for name, why in scores.unavailable.items())
+        notes = [f"tokenizer: {scores.tokenizer}", *scores.notes, *unavailable]
+        if train_data:
+            captions = [caption for of_image in caption_references(train_data).values() for caption in of_image]
+            constant, of_constant = best_constant_caption(captions, references)
+            majority = 100 * of_constant.cider
+            notes.append(f"best constant caption: {constant}")
+        blind_path = _blind_path(args.predictions)
+        if blind_path.is_file():
+            blind = 100 * score_captions(load_caption_results(blind_path), references, metrics=()).cider
+            notes.append("blind is this model decoding without the image")
+        return ScoreCard(
+            task=self.task,
+            metric="CIDEr x 100",
+            score=100 * scores.cider,
+            majority=majority,
+            blind=blind,
+            n=scores.n,
+            details={name: value for name, value in scores.percent().items() if name != "CIDEr"},
+            notes=tuple(notes),
+        )
 
 
 def _blind_path(predictions: Path) -> Path:
     return predictions.with_name(f"{predictions.stem}_blind{predictions.suffix}")
 
 
-def _predict(args: argparse.Namespace, world: World, *, blind: bool, out: Path) -> None:
-    trained = load_trained(args.run, world, task_kind="captioning")
-    task = cast(CaptioningTask, trained.task)
-    if blind:
-        task.task_config = task.task_config.model_copy(update={"blind": True})
-    # The start token takes one of the positions that the model was trained with.
-    longest = trained.config.data.text_length - 1
-    settings = BeamSettings(args.num_beams, min(args.max_length, longest), args.length_penalty)
-    batches = trained.batches(args.data, batch_size=args.batch_size)
-    captions = predict_captions(task, batches, trained.tokenizer, settings)
-    if world.is_main:
-        write_caption_results(out, captions)
-        print(f"{out}: {len(captions)} captions{' without the image' if blind else ''}")
-
-
-def _score(args: argparse.Namespace) -> None:
-    references = caption_references(args.data)
-    scores = score_captions(load_caption_results(args.predictions), references, metrics=args.metrics)
-    majority = blind = None
-    notes = [f"tokenizer: {scores.tokenizer}", *scores.notes, *(f"{n}: {why}" for n, why in scores.unavailable.items())]
-    train_data = args.train_data or (train_shards(args.run) if args.run else None)
-    if train_data is not None:
-        captions = [caption for of_image in caption_references(train_data).values() for caption in of_image]
-        constant, of_constant = best_constant_caption(captions, references)
-        majority = 100 * of_constant.cider
-        notes.append(f"best constant caption: {constant}")
-    if _blind_path(args.predictions).is_file():
-        blind = 100 * score_captions(load_caption_results(_blind_path(args.predictions)), references, metrics=()).cider
-        notes.append("blind is this model decoding without the image")
-    details = {name: value for name, value in scores.percent().items() if name != "CIDEr"}
-    card = ScoreCard(
-        task="captioning",
-        metric="CIDEr x 100",
-        score=100 * scores.cider,
-        majority=majority,
-        blind=blind,
-        n=scores.n,
-        details=details,
-        cost=cost_of(args.run) if args.run else {},
-        notes=tuple(notes),
-    )
-    card.show()
-    out = args.out or (args.run / "captioning_score.json" if args.run else None)
-    if out is not None:
-        card.write(out)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; see the top of this file."""
+    return evaluate(CaptioningEvaluation(), argv)
 
 
 if __name__ == "__main__":

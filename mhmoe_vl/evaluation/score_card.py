@@ -25,7 +25,9 @@ class ScoreCard:
             percent (CIDEr times 100). None where a baseline could not be computed.
         n: scored items.
         details: further figures.
+        seed: of the run that was scored, if it is known.
         cost: parameters and FLOPs of the model, if it is known.
+        command: what was typed to get this card.
         notes: remarks that belong beside the score.
     """
 
@@ -36,8 +38,10 @@ class ScoreCard:
     blind: float | None
     n: int
     details: Mapping[str, float | None] = field(default_factory=dict)
+    seed: int | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    command: str = ""
 
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
@@ -51,6 +55,7 @@ class ScoreCard:
             ("blind (text only)", _number(self.blind)),
             ("n", str(self.n)),
             *((name, _number(value)) for name, value in self.details.items()),
+            *((("seed", str(self.seed)),) if self.seed is not None else ()),
             *((name.replace("_", " "), f"{value:,}") for name, value in self.cost.items()),
         ]
         for row in rows:

@@ -80,6 +80,8 @@ class VisualCodebook(nn.Module):
                 return VisualCodebook(file.get_tensor("codes"), json.loads(metadata["config"])["patch_size"])
         except SafetensorError as error:
             raise DataError(f"{path}: not readable as safetensors: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: damaged header ({error!r}); fit the codebook again") from None
 
 
 def to_patches(image_B3HW: Tensor, patch_size: int) -> Tensor:

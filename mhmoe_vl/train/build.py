@@ -22,6 +22,7 @@ from mhmoe_vl.data.samples import (
     VqaSamples,
 )
 from mhmoe_vl.data.text import TextTokenizer
+from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.embeddings import resize_positions
 from mhmoe_vl.models.visual_codebook import VisualCodebook
@@ -30,6 +31,7 @@ from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
+from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.config import RunConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
@@ -139,14 +141,19 @@ def _build_samples(
     return PairSamples(transform, tokenizer, data.text_length, data.pair_text_mask_ratio, masking)
 
 
-def transfer_weights(task: Task, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Start from another run's weights: everything with the same name; other heads stay fresh.
+def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:
+    """Those weights of the run in ``directory`` that ``task`` can start from: its encoder, and heads of the same shape.
 
     Position tables of another image size are resized by the encoder's own rule.
 
+    Args:
+        task: may be on the meta device.
+
     Raises:
+        CheckpointError: the run has no readable weights.
         ConfigError: the encoders do not have the same architecture, naming the first differences.
     """
+    weights = load_weights(Path(directory) / run_directory.WEIGHTS)
     own = task.state_dict()
     weights = {name: _resized(name, tensor, own) for name, tensor in weights.items()}
     problems = [
@@ -157,13 +164,22 @@ def transfer_weights(task: Task, weights: dict[str, torch.Tensor], where: str) -
     problems += [f"{name} is not in this model" for name in weights if name.startswith("encoder.") and name not in own]
     if problems:
         raise ConfigError(
-            f"init_from: {where}: {len(problems)} tensors of the encoder differ: {'; '.join(problems[:3])}; "
+            f"init_from: {directory}: {len(problems)} tensors of the encoder differ: {'; '.join(problems[:3])}; "
             "use the model section of that run's config.yaml"
         )
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape}
+    return {name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape}
+
+
+def transfer_weights(task: Task, directory: str) -> None:
+    """Start from another run's weights; heads that it does not have stay fresh.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`initial_weights`.
+    """
+    fitting, own = initial_weights(task, directory), task.state_dict()
     task.load_state_dict(fitting, strict=False)
     fresh = sorted({name.split(".")[0] for name in own if name not in fitting})
-    logger.info("%d of %d tensors from %s; fresh: %s", len(fitting), len(own), where, ", ".join(fresh) or "none")
+    logger.info("%d of %d tensors from %s; fresh: %s", len(fitting), len(own), directory, ", ".join(fresh) or "none")
 
 
 def _resized(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mhmoe_vl.models.cost import encoder_cost
-from mhmoe_vl.train.build import build_dataset, build_plan, build_task
+from mhmoe_vl.train.build import build_dataset, build_plan, build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
 
 
@@ -32,6 +32,9 @@ def dry_run(config: RunConfig) -> str:
             f"{shape.num_heads} heads; against the reference SMoE FLOPs {shape.flops_mismatch:+.2%}, parameters "
             f"{shape.params_mismatch:+.2%}"
         )
+    if config.init_from is not None:
+        num_taken = len(initial_weights(task, config.init_from))
+        lines.append(f"starts from {config.init_from}: {num_taken} of {len(task.state_dict())} tensors")
     for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
         dataset = build_dataset(config, sources, training=split == "train")
         if split == "train":

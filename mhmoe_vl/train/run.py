@@ -22,7 +22,7 @@ from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mhmoe_vl.distributed.collectives import any_rank, fail_together
 from mhmoe_vl.distributed.parallel import parallelize
-from mhmoe_vl.distributed.weights import export_weights, load_weights
+from mhmoe_vl.distributed.weights import export_weights
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import ConfigError, DataError, NonFiniteError, UserError
 from mhmoe_vl.models.cost import EncoderCost, encoder_cost
@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World) -> None:
     held_out = build_dataset(config, config.data.validation, training=False) if config.data.validation else None
     task = build_task(config)
     if config.init_from is not None:
-        transfer_weights(task, load_weights(Path(config.init_from) / run_directory.WEIGHTS), config.init_from)
+        transfer_weights(task, config.init_from)
     cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
     if world.is_main:
         run_directory.write_text(directory / run_directory.COST, json.dumps(asdict(cost), indent=2) + "\n")

@@ -76,6 +76,11 @@ def cost_of(directory: str | Path) -> dict[str, Any]:
     }
 
 
+def seed_of(directory: str | Path) -> int:
+    """The seed that the run was started with."""
+    return run_directory.load_run(directory).seed
+
+
 def train_shards(directory: str | Path) -> list[str]:
     """The shards that the run was trained on, for baselines."""
     config = run_directory.load_run(directory)

@@ -19,6 +19,7 @@ from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import CheckpointError, ConfigError
 from mhmoe_vl.train.build import build_task, transfer_weights
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
 from mhmoe_vl.train.trained import load_trained
 from tests.integration.runs import ALONE, final_weights, fine_tuning, pretraining, train
@@ -57,7 +58,7 @@ def test_the_encoder_moves_and_new_heads_are_fresh(shards: Path, pretrained: Pat
     built = build_task(validate_config(RunConfig, fine_tuning(shards, tmp_path, task, pretrained)))
     fresh = {name: tensor.clone() for name, tensor in built.state_dict().items()}
     source = load_weights(pretrained / "model.safetensors")
-    transfer_weights(built, source, str(pretrained))
+    transfer_weights(built, str(pretrained))
     for name, tensor in built.state_dict().items():
         expected = source[name] if name.startswith(("encoder.", "mlm_head.")) else fresh[name]
         assert torch.equal(tensor, expected), name
@@ -67,8 +68,23 @@ def test_the_encoder_moves_and_new_heads_are_fresh(shards: Path, pretrained: Pat
 def test_a_model_of_another_shape_is_refused(shards: Path, pretrained: Path, tmp_path: Path) -> None:
     tree = fine_tuning(shards, tmp_path / "run", "vqa", pretrained)
     tree["model"]["ffn"] = "smoe"
-    with pytest.raises(ConfigError, match=r"init_from: .* tensors of the encoder differ: .*use the model section of"):
+    refusal = r"init_from: .* tensors of the encoder differ: .*use the model section of"
+    with pytest.raises(ConfigError, match=refusal):
         train(tree)
+    with pytest.raises(ConfigError, match=refusal):
+        dry_run(validate_config(RunConfig, tree))
+
+
+def test_a_dry_run_reads_the_weights_to_start_from(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    tree = fine_tuning(shards, tmp_path / "run", "captioning", pretrained)
+    num_tensors = len(build_task(validate_config(RunConfig, tree)).state_dict())
+    # Encoder and MLM head: all that a captioner has.
+    assert f"starts from {pretrained}: {num_tensors} of {num_tensors} tensors" in dry_run(
+        validate_config(RunConfig, tree)
+    )
+    tree["init_from"] = str(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="absent"):
+        dry_run(validate_config(RunConfig, tree))
 
 
 def test_larger_images_resize_the_positions(shards: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -91,6 +107,8 @@ def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, 
     assert len(predictions(tuned[task], task)) == num_expected
     card = json.loads((tuned[task] / f"{task}_score.json").read_text())
     assert card["n"] == num_expected
+    assert card["seed"] == 0
+    assert card["command"] == " ".join(["python", "-m", f"eval.{task}", *arguments])
     assert 0 <= card["score"] <= 1000
     # Once more, in other batches: predictions must not depend on who shares a batch.
     first = predictions(tuned[task], task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from eval import captioning, nlvr2, vqa
+from eval.text_baselines import text_baselines
+from mhmoe_vl.evaluation.prior import TextPrior
 from tests.unit.evaluation.splits import pack_caption_split, pack_nlvr2_split, pack_vqa_split
 
 SCRIPTS = {"vqa": vqa, "nlvr2": nlvr2, "captioning": captioning}
@@ -156,6 +159,35 @@ def test_what_is_not_there(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert str(missing) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("vqa", "--batch-size"), ("captioning", "--num-beams"), ("captioning", "--max-length")]
+)
+def test_counts_are_at_least_one(name: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        SCRIPTS[name].main(["--run", "x", "--data", "x", option, "0"])
+    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_blind_is_the_better_of_prior_and_twin() -> None:
+    truth = {1: "red", 2: "no", 3: "yes", 4: "no"}
+
+    def accuracy(answers: Mapping[int, str]) -> float:
+        return 25.0 * sum(answers[key] == answer for key, answer in truth.items())
+
+    texts = dict.fromkeys(truth, "Is it?")
+    prior = TextPrior([("Is it?", {"no": 1.0})])
+    twin = {1: "red", 2: "no", 3: "yes", 4: "yes"}
+    both = text_baselines(accuracy, texts, prior, twin)
+    assert (both.majority, both.blind) == (50, 75)
+    assert both.notes == ("blind is the text-only twin (the text-only prior counted on the training split: 50.00)",)
+    worse = dict.fromkeys(truth, "blue")
+    assert text_baselines(accuracy, texts, prior, worse).blind == 50
+    assert text_baselines(accuracy, texts, prior, None).blind == 50
+    alone = text_baselines(accuracy, texts, None, twin)
+    assert (alone.majority, alone.blind) == (None, 75)
+    assert text_baselines(accuracy, texts, None, None).blind is None
 
 
 def test_predictions_for_another_split(

@@ -95,3 +95,7 @@ def test_files_that_are_no_codebook(tmp_path: Path) -> None:
         save_file({"codes": random_codes()}, path, metadata=metadata)
         with pytest.raises(DataError, match=f"is not a visual codebook .{FORMAT}."):
             VisualCodebook.load(path)
+    for damaged in ({"format": FORMAT}, {"format": FORMAT, "config": "{"}, {"format": FORMAT, "config": "{}"}):
+        save_file({"codes": random_codes()}, path, metadata=damaged)
+        with pytest.raises(DataError, match="damaged header"):
+            VisualCodebook.load(path)
