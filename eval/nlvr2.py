@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from eval.command_line import Evaluation, evaluate
-from eval.text_baselines import add_blind_run, text_baselines
+from eval.command_line import evaluate
+from eval.text_baselines import TwinEvaluation, text_baselines
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.evaluation.nlvr2_accuracy import load_nlvr2_predictions, nlvr2_accuracy, write_nlvr2_predictions
 from mhmoe_vl.evaluation.predict import predict_nlvr2
@@ -25,15 +25,12 @@ from mhmoe_vl.tasks.nlvr2 import Nlvr2Task
 from mhmoe_vl.train.trained import load_trained
 
 
-class Nlvr2Evaluation(Evaluation):
+class Nlvr2Evaluation(TwinEvaluation):
     """Sentences about two images: accuracy, and consistency over the pairs that share a sentence."""
 
     task = "nlvr2"
     predictions_name = "nlvr2_predictions.csv"
     batch_size = 64
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_blind_run(parser)
 
     def predict(self, run: Path, out: Path, args: argparse.Namespace, world: World) -> None:
         trained = load_trained(run, world, task_kind="nlvr2")
@@ -43,10 +40,6 @@ class Nlvr2Evaluation(Evaluation):
             write_nlvr2_predictions(out, predictions)
             print(f"{out}: {len(predictions)} judgements")
 
-    def predict_blind(self, args: argparse.Namespace, world: World) -> None:
-        if args.blind_run is not None:
-            self.predict(args.blind_run, args.blind_run / self.predictions_name, args, world)
-
     def score(self, args: argparse.Namespace, train_data: Sequence[str] | None) -> ScoreCard:
         examples = nlvr2_examples(args.data)
         labels = {example["identifier"]: bool(example["label"]) for example in examples}
@@ -54,7 +47,7 @@ class Nlvr2Evaluation(Evaluation):
         def accuracy(judgements: Mapping[str, str]) -> float:
             return 100 * nlvr2_accuracy({key: text == "True" for key, text in judgements.items()}, labels).accuracy
 
-        twin = load_nlvr2_predictions(args.blind_run / self.predictions_name) if args.blind_run else None
+        twin = load_nlvr2_predictions(self.twin_predictions(args.blind_run)) if args.blind_run else None
         score = nlvr2_accuracy(load_nlvr2_predictions(args.predictions), labels)
         baselines = text_baselines(
             accuracy,

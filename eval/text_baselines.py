@@ -8,14 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from eval.command_line import Evaluation
+from mhmoe_vl.distributed.world import World
 from mhmoe_vl.evaluation.prior import TextPrior
 
 Id = TypeVar("Id", int, str)
 
 
-def add_blind_run(parser: argparse.ArgumentParser) -> None:
-    """The option that names the text-only twin."""
-    parser.add_argument("--blind-run", type=Path, help="run with task.blind=true, whose score is printed as blind")
+class TwinEvaluation(Evaluation):
+    """An evaluation that a twin trained without images can take as well."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        text = "run with task.blind=true; it answers in the predict step, and its score is printed as blind"
+        parser.add_argument("--blind-run", type=Path, help=text)
+
+    def predict_blind(self, args: argparse.Namespace, world: World) -> None:
+        if args.blind_run is not None:
+            self.predict(args.blind_run, self.twin_predictions(args.blind_run), args, world)
+
+    def twin_predictions(self, blind_run: Path) -> Path:
+        """Where the twin's answers are."""
+        return blind_run / self.predictions_name
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from eval.command_line import Evaluation, evaluate
-from eval.text_baselines import add_blind_run, text_baselines
+from eval.command_line import evaluate
+from eval.text_baselines import TwinEvaluation, text_baselines
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.evaluation.predict import predict_vqa
 from mhmoe_vl.evaluation.prior import vqa_prior
@@ -26,7 +26,7 @@ from mhmoe_vl.train.build import load_answers
 from mhmoe_vl.train.trained import load_trained
 
 
-class VqaEvaluation(Evaluation):
+class VqaEvaluation(TwinEvaluation):
     """Answers to questions, by the official evaluator."""
 
     task = "vqa"
@@ -34,7 +34,7 @@ class VqaEvaluation(Evaluation):
     batch_size = 128
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_blind_run(parser)
+        super().add_arguments(parser)
         parser.add_argument("--evaluator", choices=("2021", "2017"), default="2021", help="version of the official one")
 
     def predict(self, run: Path, out: Path, args: argparse.Namespace, world: World) -> None:
@@ -45,10 +45,6 @@ class VqaEvaluation(Evaluation):
         if world.is_main:
             write_vqa_results(out, predictions)
             print(f"{out}: {len(predictions)} answers")
-
-    def predict_blind(self, args: argparse.Namespace, world: World) -> None:
-        if args.blind_run is not None:
-            self.predict(args.blind_run, args.blind_run / self.predictions_name, args, world)
 
     def score(self, args: argparse.Namespace, train_data: Sequence[str] | None) -> ScoreCard:
         annotations = vqa_annotations(args.data)
@@ -61,7 +57,7 @@ class VqaEvaluation(Evaluation):
             accuracy,
             {a["question_id"]: a["question"] for a in annotations},
             vqa_prior(vqa_annotations(train_data)) if train_data else None,
-            load_vqa_results(args.blind_run / self.predictions_name) if args.blind_run else None,
+            load_vqa_results(self.twin_predictions(args.blind_run)) if args.blind_run else None,
         )
         return ScoreCard(
             task=self.task,
