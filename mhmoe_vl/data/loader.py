@@ -1,7 +1,7 @@
-"""Batches from indexed shards: random access by a plan, decoded in worker processes.
+"""Batches by a plan, decoded in worker processes: from indexed shards by random access, from streams in their order.
 
-The loader adds no state to the plan: a worker is handed the references of a whole micro-batch, so their number
-changes nothing but speed.
+For indexed shards the loader adds no state to the plan: a worker is handed the references of a whole micro-batch, so
+the number of workers changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mhmoe_vl.data.batch import Batch, Example, collate
 from mhmoe_vl.data.plan import MixturePlan, SampleRef, stable_hash
 from mhmoe_vl.data.samples import SampleBuilder
 from mhmoe_vl.data.shards import IndexedSample, ShardIndex, ShardReader, find_shards, read_index
+from mhmoe_vl.data.stream import SampleStream, StreamSource
 from mhmoe_vl.errors import DataError
 
 #: Neighbours to try in place of a broken sample before giving up.
@@ -65,21 +66,30 @@ class ShardDataset(Dataset[MicroBatch]):
         pad_id: of the text tokenizer.
     """
 
-    def __init__(self, sources: Mapping[str, Source], *, seed: int, pad_id: int) -> None:
+    def __init__(self, sources: Mapping[str, Source | StreamSource], *, seed: int, pad_id: int) -> None:
         self.sources, self.seed, self.pad_id = dict(sources), seed, pad_id
         self.reader = ShardReader()
         self._templates: dict[str, Example] = {}
+        self._streams: dict[str, SampleStream] = {}
 
-    def num_items(self) -> dict[str, int]:
-        return {name: len(source) for name, source in self.sources.items()}
+    def num_items(self) -> dict[str, int | None]:
+        """Size of every source; None for a stream."""
+        return {name: len(source) if isinstance(source, Source) else None for name, source in self.sources.items()}
 
     def __getitem__(self, refs: Mapping[str, Sequence[SampleRef]]) -> MicroBatch:
         return {name: self.batch(name, of_source) for name, of_source in refs.items()}
 
+    def indexed(self, name: str) -> Source:
+        """A source whose items have places and an end."""
+        source = self.sources[name]
+        assert isinstance(source, Source), f"{name} is a stream"
+        return source
+
     def batch(self, source: str, refs: Sequence[SampleRef]) -> Batch:
         problems: list[str] = []
         examples = [self._example_or_neighbour(ref, problems) for ref in refs]
-        return collate(examples, self._template(source), pad_id=self.pad_id, problems=problems)
+        template = examples[0] if examples else self._template(source)
+        return collate(examples, template, pad_id=self.pad_id, problems=problems)
 
     def _template(self, source: str) -> Example:
         if source not in self._templates:
@@ -88,17 +98,29 @@ class ShardDataset(Dataset[MicroBatch]):
 
     def _example_or_neighbour(self, ref: SampleRef, problems: list[str]) -> Example:
         """The example, or the next good one: every rank and every run replaces a broken sample by the same one."""
-        size = len(self.sources[ref.source])
-        num_attempts = min(_MAX_REPLACEMENTS, size)
+        source = self.sources[ref.source]
+        num_attempts = min(_MAX_REPLACEMENTS, len(source)) if isinstance(source, Source) else _MAX_REPLACEMENTS
         for attempt in range(num_attempts):
             try:
-                return self._example(ref._replace(item=(ref.item + attempt) % size))
+                if isinstance(source, StreamSource):
+                    return self._next_example(source, ref)
+                return self._example(source, ref._replace(item=(ref.item + attempt) % len(source)))
             except DataError as error:
                 problems.append(str(error))
         raise DataError(f"{num_attempts} samples in a row are broken; the last: {problems[-1]}")
 
-    def _example(self, ref: SampleRef) -> Example:
-        source = self.sources[ref.source]
+    def _next_example(self, source: StreamSource, ref: SampleRef) -> Example:
+        """The stream's next, whatever the number; the number that a stream starts with makes it differ from others."""
+        if ref.source not in self._streams:
+            self._streams[ref.source] = source.open(f"{self.seed}/{ref.item}")
+        sample = next(self._streams[ref.source])
+        seed = stable_hash(f"{self.seed}/{ref.source}/{ref.item}/{sample.key}")
+        try:
+            return source.builder(sample.members, 0, key=sample.key, seed=seed)
+        except DataError as error:
+            raise DataError(f"{sample.url}: {sample.key}: {error}") from None
+
+    def _example(self, source: Source, ref: SampleRef) -> Example:
         shard, sample, item = source.locate(ref.item)
         seed = stable_hash(f"{self.seed}/{ref.source}/{ref.epoch}/{sample.key}/{item}")
         members = self.reader.read(shard, sample)
@@ -132,7 +154,7 @@ def evaluation_loader(
     Args:
         batch_size: samples per rank; the last batches may be smaller or empty.
     """
-    size = len(dataset.sources[source])
+    size = len(dataset.indexed(source))
     requests = []
     for start in range(0, size, batch_size * world_size):
         items = range(size)[

@@ -17,7 +17,7 @@ from mhmoe_vl.errors import ConfigError
 
 
 class SampleRef(NamedTuple):
-    """One item of a source in one of its epochs."""
+    """One item of a source in one of its epochs; of a stream, the number of the sample in the run."""
 
     source: str
     epoch: int
@@ -29,7 +29,7 @@ class MixturePlan:
     """Which items make up each step.
 
     Attributes:
-        num_items: size of every source.
+        num_items: size of every source; None for a stream, whose samples have numbers but no places.
         weights: share of each source in a step, any positive scale.
         batch_size: samples of all sources together per step, over all ranks.
         seed: of the order.
@@ -39,7 +39,7 @@ class MixturePlan:
             sample that it has already given (the Alabama paradox).
     """
 
-    num_items: Mapping[str, int]
+    num_items: Mapping[str, int | None]
     weights: Mapping[str, float]
     batch_size: int
     seed: int
@@ -92,9 +92,11 @@ class MixturePlan:
         return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
     def _ref(self, source: str, number: int) -> SampleRef:
-        epoch, position = divmod(number, self.num_items[source])
-        key = f"{self.seed}/{source}/{epoch}"
-        return SampleRef(source, epoch, permuted(position, self.num_items[source], key))
+        size = self.num_items[source]
+        if size is None:
+            return SampleRef(source, 0, number)
+        epoch, position = divmod(number, size)
+        return SampleRef(source, epoch, permuted(position, size, f"{self.seed}/{source}/{epoch}"))
 
 
 def part(items: range, index: int, num_parts: int) -> range:

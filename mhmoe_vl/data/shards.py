@@ -25,6 +25,8 @@ INDEX_FORMAT = "mhmoe_vl/index/1"
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 
+MAX_MEMBER_BYTES = 64 * 2**20
+
 _MAX_OPEN_FILES = 64
 
 
@@ -76,6 +78,18 @@ class ShardIndex:
     def num_items(self) -> int:
         """Number of training examples in the shard."""
         return sum(sample.num_items for sample in self.samples)
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` names something that is not in the file system."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """``folder/key.left.JPG`` -> ``("folder/key", "left.jpg")``, as WebDataset does; None where one is missing."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and extension else None
 
 
 def index_path(shard: Path) -> Path:
@@ -267,8 +281,11 @@ def _parse_index(shard: Path, fields: dict[str, Any]) -> ShardIndex:
 
 
 def _expand_braces(path: str) -> list[str]:
-    if "://" in path or path.startswith("pipe:"):
-        raise DataError(f"{path}: only local paths are read; copy the shards to a local or mounted folder")
+    if is_url(path):
+        raise DataError(
+            f"{path}: a URL; only training on images, texts and pairs streams those, all else reads local shards: copy "
+            "them to a local or mounted folder"
+        )
     try:
         return list(braceexpand(path))
     except ValueError:

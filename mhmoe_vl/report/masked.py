@@ -89,8 +89,8 @@ def masked_samples(directory: Path, world: World, *, num_samples: int) -> dict[s
     if dataset is None:
         return {}
     samples = {}
-    for name, source in dataset.sources.items():
-        refs = [SampleRef(name, 0, item) for item in islice(sample_order(len(source)), num_samples)]
+    for name in dataset.sources:
+        refs = [SampleRef(name, 0, item) for item in islice(sample_order(len(dataset.indexed(name))), num_samples)]
         samples[name] = predict_masked(trained, dataset.batch(name, refs))
     return samples
 

@@ -159,7 +159,7 @@ def _first(
         {"report": SourceConfig(kind=SHARD_KINDS[run.task], shards=tuple(shards))},  # type: ignore[arg-type]
         training=False,
     )
-    source = dataset.sources["report"]
+    source = dataset.indexed("report")
     samples = []
     for number in islice(sample_order(len(source)), num_samples):
         index, indexed, item = source.locate(number)

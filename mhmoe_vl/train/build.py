@@ -21,6 +21,7 @@ from mhmoe_vl.data.samples import (
     TextSamples,
     VqaSamples,
 )
+from mhmoe_vl.data.stream import StreamSource
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
@@ -100,10 +101,13 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
     Validation has its own fixed seed, so that its masks are the same in every run and at every step.
     """
     tokenizer = load_tokenizer(config)
-    built = {
-        name: Source(name, source.paths, _build_samples(config, source, tokenizer, training=training))
-        for name, source in sources.items()
-    }
+    built: dict[str, Source | StreamSource] = {}
+    for name, source in sources.items():
+        samples = _build_samples(config, source, tokenizer, training=training)
+        if source.is_stream:
+            built[name] = StreamSource(name, source.paths, samples, buffer_size=source.stream_buffer)
+        else:
+            built[name] = Source(name, source.paths, samples)
     return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
 
 

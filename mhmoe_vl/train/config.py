@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from mhmoe_vl.config import Config
 from mhmoe_vl.data.image import AugmentConfig
+from mhmoe_vl.data.shards import is_url
+from mhmoe_vl.data.stream import STREAMED_KINDS
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.tasks.captioning import CaptioningConfig
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
@@ -32,17 +34,25 @@ class SourceConfig(Config):
 
     Attributes:
         kind: ``image``, ``text``, ``pair``, ``vqa`` or ``nlvr2``.
-        shards: directories, files, globs or brace patterns.
+        shards: directories, files, globs or brace patterns of indexed shards; for training on images, texts and pairs
+            also URLs, which are streamed and not exactly resumable.
         weight: share of each step, on any scale.
+        stream_buffer: undecoded samples that each reader of a stream keeps to draw from.
     """
 
     kind: Literal["image", "text", "pair", "vqa", "nlvr2"]
     shards: tuple[str, ...] | str
     weight: Annotated[float, Field(gt=0)] = 1.0
+    stream_buffer: Positive = 1000
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.shards,) if isinstance(self.shards, str) else self.shards
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether there are URLs among the shards."""
+        return any(is_url(path) for path in self.paths)
 
 
 class DataConfig(Config):
@@ -111,6 +121,11 @@ class RunConfig(Config):
                     raise ValueError(
                         f"data.{split}.{name}.kind: '{source.kind}' cannot feed task '{self.task.kind}', "
                         f"which reads {', '.join(allowed)}"
+                    )
+                if source.is_stream and (split == "validation" or source.kind not in STREAMED_KINDS):
+                    raise ValueError(
+                        f"data.{split}.{name}.shards: URLs are streamed for training on {', '.join(STREAMED_KINDS)} "
+                        "only; copy these shards to a local or mounted folder"
                     )
         if not self.data.train:
             raise ValueError("data.train: needs at least one source")

@@ -41,5 +41,5 @@ def dry_run(config: RunConfig) -> str:
             build_plan(config, dataset)
         for name, size in dataset.num_items().items():
             dataset.batch(name, [])  # decodes one sample
-            lines.append(f"{split}.{name}: {size:,} items")
+            lines.append(f"{split}.{name}: " + ("streamed" if size is None else f"{size:,} items"))
     return "\n".join(lines) + "\n"

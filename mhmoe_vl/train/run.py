@@ -268,6 +268,8 @@ def _resume(config: RunConfig, module: nn.Module, optimizer: torch.optim.AdamW, 
             f"this run {expected['data_order']}; restore these settings and shards"
         )
     logger.info("resuming %s at step %d", config.out, progress["step"])
+    for name in (name for name, size in plan.num_items.items() if size is None):
+        logger.warning("source %s is streamed: it goes on with other samples than without the interruption", name)
     return int(progress["step"])
 
 
@@ -304,8 +306,9 @@ def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: Encode
         )  # fmt: skip
     total_weight = sum(source.weight for source in config.data.train.values())
     for name, size in dataset.num_items().items():
-        logger.info("source %s: %d items, %.0f %% of each step", name, size,
-                    100 * config.data.train[name].weight / total_weight)  # fmt: skip
+        found = "streamed, not exactly resumable" if size is None else f"{size} items"
+        share = 100 * config.data.train[name].weight / total_weight
+        logger.info("source %s: %s, %.0f %% of each step", name, found, share)
 
 
 def _summary(scores: dict[str, float]) -> str:

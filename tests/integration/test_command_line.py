@@ -75,6 +75,16 @@ MISTAKES: dict[str, tuple[Change, int, str]] = {
         65,
         "is a shard of kind 'image', but source 'text' needs 'text'",
     ),
+    "stream to validate on": (
+        set_key("data", "validation", to={"x": {"kind": "text", "shards": "https://host/x.tar"}}),
+        64,
+        "data.validation.x.shards: URLs are streamed for training on image, text, pair only",
+    ),
+    "command in a URL": (
+        set_key("data", "train", "text", "shards", to="pipe:cat x.tar"),
+        64,
+        "data.train.text.shards: 'pipe:' runs a shell command",
+    ),
     "no weights to start from": (set_key("init_from", to=lambda folder: str(folder)), 74, "model.safetensors"),
     "unwritable run directory": (
         lambda tree, folder: tree.update(out=write_config(folder / "file", {}) + "/run"),

@@ -131,3 +131,18 @@ def test_other_shards_would_change_the_order_and_are_refused(shards: Path, tmp_p
         file.unlink()
     with pytest.raises(ConfigError, match=r"the data order would change: .*restore these settings and shards"):
         train(tree)
+
+
+def test_streams_train_and_resume_with_other_samples(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = pretraining(shards, tmp_path / "run")
+    for source in tree["data"]["train"].values():
+        source["shards"] = [shard.as_uri() for shard in sorted(Path(source["shards"]).glob("*.tar"))]
+    first = train(tree, stop_after=2)
+    caplog.clear()
+    second = train(tree)
+    assert [set(step) for step in first + second] == [{"image", "text", "pair"}] * 4
+    assert all(len(ids) == 2 for step in first + second for ids in step.values())
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.split()[1] for message in warned if "is streamed" in message] == ["image", "text", "pair"]

@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mhmoe_vl.data.decode import IMAGE_EXTENSIONS, captions_of, clean_text, decode_json, decode_text, image_name
-from mhmoe_vl.data.shards import KINDS, IndexedSample, Member, ShardIndex, Skip
+from mhmoe_vl.data.shards import KINDS, MAX_MEMBER_BYTES, IndexedSample, Member, ShardIndex, Skip, split_member_name
 from mhmoe_vl.errors import DataError
-
-MAX_MEMBER_BYTES = 64 * 2**20
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -71,15 +69,15 @@ def _group_members(shard: Path) -> tuple[dict[str, _Places], list[Skip]]:
     for entry in _tar_entries(shard):
         if entry.isdir():
             continue
-        name = entry.name.removeprefix("./")
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key, extension = folder + slash + stem, extension.lower()
+        name, parts = entry.name.removeprefix("./"), split_member_name(entry.name)
         if not entry.isreg() or entry.issparse():
             skipped.append(Skip(name, "not_a_file", "links, devices and sparse files are not read"))
-        elif not stem or not extension:
+            continue
+        if parts is None:
             skipped.append(Skip(name, "no_key", "a file must be called KEY.EXTENSION"))
-        elif key == current and extension not in groups[key]:
+            continue
+        key, extension = parts
+        if key == current and extension not in groups[key]:
             groups[key][extension] = (entry.offset_data, entry.size)
         elif key not in groups:
             groups[key] = {extension: (entry.offset_data, entry.size)}
