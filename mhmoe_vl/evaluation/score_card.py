@@ -26,7 +26,7 @@ class ScoreCard:
         n: scored items.
         details: further figures.
         seed: of the run that was scored, if it is known.
-        cost: parameters and FLOPs of the model, if it is known.
+        cost: parameters and FLOPs of the model and time of its training, if they are known.
         command: what was typed to get this card.
         notes: remarks that belong beside the score.
     """
@@ -56,7 +56,7 @@ class ScoreCard:
             ("n", str(self.n)),
             *((name, _number(value)) for name, value in self.details.items()),
             *((("seed", str(self.seed)),) if self.seed is not None else ()),
-            *((name.replace("_", " "), f"{value:,}") for name, value in self.cost.items()),
+            *((name.replace("_", " "), _cost(value)) for name, value in self.cost.items()),
         ]
         for row in rows:
             table.add_row(*row)
@@ -64,6 +64,10 @@ class ScoreCard:
         console.print(table)
         for note in self.notes:
             console.print(f"note: {note}", soft_wrap=True)
+
+
+def _cost(value: float | str | None) -> str:
+    return "not available" if value is None else value if isinstance(value, str) else f"{value:,}"
 
 
 def _number(value: float | None) -> str:

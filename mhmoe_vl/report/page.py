@@ -100,7 +100,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": Markup, "number": _number, "count": _count, "percent": _percent}
+    environment.filters |= {
+        "svg": Markup,
+        "number": _number,
+        "count": _count,
+        "percent": _percent,
+        "duration": _duration,
+    }
     return environment
 
 
@@ -110,6 +116,10 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _count(value: int | None) -> str:
     return _UNKNOWN if value is None else f"{value:,}"
+
+
+def _duration(seconds: float | None) -> str:
+    return _UNKNOWN if seconds is None else f"{seconds / 60:,.1f} min"
 
 
 def _percent(value: float | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mhmoe_vl.data.batch import Batch
@@ -18,6 +20,9 @@ from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_dataset, build_task, load_tokenizer
 from mhmoe_vl.train.config import RunConfig, SourceConfig
+from mhmoe_vl.train.metrics import read_metrics
+
+_COUNTS = ("num_params", "num_active_params", "flops_per_token", "num_assignments_per_token")
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,23 @@ def load_trained(directory: str | Path, world: World, *, task_kind: str) -> Trai
 
 
 def cost_of(directory: str | Path) -> dict[str, Any]:
-    """Parameters and FLOPs that the run printed when it started."""
+    """Parameters and FLOPs that the run printed when it started, and the wall-clock time that it took and where.
+
+    ``train_seconds`` is the time of all steps, without start, validation and saving; ``train_samples_per_second`` the
+    median over the log lines. Both are comparable only between runs on one quiet machine.
+    """
     cost = json.loads((Path(directory) / run_directory.COST).read_text())
+    environment = json.loads((Path(directory) / run_directory.ENVIRONMENT).read_text())
+    records = read_metrics(Path(directory), "train")
+    first_steps = [0, *(record["step"] for record in records)]
+    lengths = [last - first for first, last in pairwise(first_steps)]
+    world_size, device = environment["world_size"], environment["gpu"] or environment["processor"]
     return {
-        name: cost[name] for name in ("num_params", "num_active_params", "flops_per_token", "num_assignments_per_token")
+        **{name: cost[name] for name in _COUNTS},
+        "train_seconds": round(sum(n * r["step_seconds"] for n, r in zip(lengths, records, strict=True)), 1),
+        "train_samples_per_second": round(median(r["samples_per_second"] for r in records), 1) if records else None,
+        "trained_on": f"{world_size} x {device}"
+        + ("" if environment["gpu"] else f", {environment['num_threads']} threads"),
     }
 
 
@@ -82,6 +100,6 @@ def seed_of(directory: str | Path) -> int:
 
 
 def train_shards(directory: str | Path) -> list[str]:
-    """The shards that the run was trained on, for baselines."""
+    """The shards that the run was trained on, for baselines; streamed ones cannot be counted again."""
     config = run_directory.load_run(directory)
-    return [path for source in config.data.train.values() for path in source.paths]
+    return [path for source in config.data.train.values() if not source.is_stream for path in source.paths]

@@ -110,6 +110,9 @@ def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, 
     assert card["n"] == num_expected
     assert task == "captioning" or card["blind"] >= card["score"]
     assert card["seed"] == 0
+    times = [record["step_seconds"] for record in read_metrics(tuned[task], "train")]
+    assert card["cost"]["train_seconds"] == pytest.approx(sum(times), abs=0.1)  # one record per step
+    assert card["cost"]["trained_on"].startswith("1 x ")
     assert card["command"] == " ".join(["python", "-m", f"eval.{task}", *arguments])
     assert 0 <= card["score"] <= 1000
     # Once more, in other batches: predictions must not depend on who shares a batch.

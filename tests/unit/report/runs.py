@@ -44,7 +44,15 @@ CARD = ScoreCard(
     blind=30.25,
     n=1234,
     details={"answer type number": 12.625},
-    cost={"num_params": 7654321, "num_active_params": 765432, "flops_per_token": 98765, "num_assignments_per_token": 2},
+    cost={
+        "num_params": 7654321,
+        "num_active_params": 765432,
+        "flops_per_token": 98765,
+        "num_assignments_per_token": 2,
+        "train_seconds": 4567.8,
+        "train_samples_per_second": 135.7,
+        "trained_on": "2 x Some GPU",
+    },
     notes=("blind is the question-only prior",),
 )
 
