@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from mhmoe_vl.moe.routing import Routing
 
 
-class Dispatched(NamedTuple):
-    """Rows in expert order.
+class Assignment(NamedTuple):
+    """Who is served by whom.
 
     Attributes:
-        rows_AD: one row per assignment, sorted by expert. Rows behind the last expert's segment belong to padding or
-            to dropped choices: experts must ignore them.
-        counts_E: rows of each expert, int64.
-        slot_NK: position in ``rows_AD`` of each choice.
-        routing: the routing, with ``kept_NK`` filled in where choices were dropped.
+        order_A: int64, choices (number ``n * K + k``) sorted by expert; behind the last expert's segment are those that
+            nobody serves, of padding or dropped.
+        counts_E: choices that each expert serves, int64.
+        slot_NK: position in ``order_A`` of each choice.
+        routing: the routing, with ``kept_NK`` filled in where choices are not served.
     """
 
-    rows_AD: Tensor
+    order_A: Tensor
     counts_E: Tensor
     slot_NK: Tensor
     routing: Routing
@@ -38,19 +38,27 @@ class Dispatched(NamedTuple):
 class Dispatcher(Protocol):
     """What an MoE layer needs of a dispatcher."""
 
-    def dispatch(self, x_ND: Tensor, routing: Routing) -> Dispatched: ...
+    def assign(self, routing: Routing) -> Assignment:
+        """Which choices are served, in what order."""
 
-    def combine(self, y_AD: Tensor, dispatched: Dispatched) -> Tensor: ...
+    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+        """One row per choice, ``[A, D]``, in the order of the assignment."""
+
+    def combine(self, y_AD: Tensor, assignment: Assignment) -> Tensor:
+        """``sum_k weight_k * y_k`` back in row order; zero where a choice was not served."""
 
 
 class DroplessDispatcher:
     """Every choice of every valid row is served, whatever the imbalance."""
 
-    def dispatch(self, x_ND: Tensor, routing: Routing) -> Dispatched:
-        return sort_by_expert(x_ND, routing, keep_NK=None)
+    def assign(self, routing: Routing) -> Assignment:
+        return sort_by_expert(routing, keep_NK=None)
 
-    def combine(self, y_AD: Tensor, dispatched: Dispatched) -> Tensor:
-        return weighted_sum(y_AD, dispatched)
+    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+        return gather_rows(x_ND, assignment)
+
+    def combine(self, y_AD: Tensor, assignment: Assignment) -> Tensor:
+        return weighted_sum(y_AD, assignment)
 
     def __repr__(self) -> str:
         return "DroplessDispatcher()"
@@ -72,34 +80,44 @@ class CapacityDispatcher:
             raise ValueError(f"capacity_factor={capacity_factor} must be positive")
         self.capacity_factor = capacity_factor
 
-    def dispatch(self, x_ND: Tensor, routing: Routing) -> Dispatched:
-        num_rows = routing.experts_NK.shape[0] if routing.valid_N is None else int(routing.valid_N.sum())
-        capacity = math.ceil(self.capacity_factor * routing.top_k * num_rows / routing.num_experts)
-        return sort_by_expert(x_ND, routing, keep_NK=_within_capacity(routing, capacity))
+    def assign(self, routing: Routing) -> Assignment:
+        return sort_by_expert(routing, keep_NK=_within_capacity(routing, self._capacity(routing)))
 
-    def combine(self, y_AD: Tensor, dispatched: Dispatched) -> Tensor:
-        return weighted_sum(y_AD, dispatched)
+    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+        return gather_rows(x_ND, assignment)
+
+    def combine(self, y_AD: Tensor, assignment: Assignment) -> Tensor:
+        return weighted_sum(y_AD, assignment)
+
+    def _capacity(self, routing: Routing) -> int | Tensor:
+        if routing.valid_N is None:
+            num_rows = routing.experts_NK.shape[0]
+            return math.ceil(self.capacity_factor * routing.top_k * num_rows / routing.num_experts)
+        # Stays on the device: reading the number of valid rows would wait for it.
+        num_valid = routing.valid_N.sum().double()
+        return torch.ceil(self.capacity_factor * routing.top_k * num_valid / routing.num_experts)
 
     def __repr__(self) -> str:
         return f"CapacityDispatcher(capacity_factor={self.capacity_factor})"
 
 
-def _within_capacity(routing: Routing, capacity: int) -> Tensor:
+def _within_capacity(routing: Routing, capacity: int | Tensor) -> Tensor:
     """True ``[N, K]`` where a choice finds a free place at its expert."""
     experts_KN = routing.experts_NK.T
     if routing.valid_N is not None:
         experts_KN = experts_KN.masked_fill(~routing.valid_N, routing.num_experts)
     experts_A = experts_KN.flatten()
     order_A = experts_A.argsort(stable=True)
-    counts = torch.bincount(experts_A, minlength=routing.num_experts + 1)
-    starts = counts.cumsum(0) - counts
+    experts = torch.arange(routing.num_experts + 1, device=order_A.device)
+    sorted_A = experts_A[order_A]
+    starts = torch.searchsorted(sorted_A, experts)
     place_A = torch.empty_like(order_A)
-    place_A[order_A] = torch.arange(order_A.numel(), device=order_A.device) - starts[experts_A[order_A]]
+    place_A[order_A] = torch.arange(order_A.numel(), device=order_A.device) - starts[sorted_A]
     return (place_A < capacity).view_as(experts_KN).T
 
 
-def sort_by_expert(x_ND: Tensor, routing: Routing, keep_NK: Tensor | None) -> Dispatched:
-    """Gather one row per assignment, in expert order; unserved assignments go to a segment behind the last expert."""
+def sort_by_expert(routing: Routing, keep_NK: Tensor | None) -> Assignment:
+    """Choices in expert order; those that are not kept, and those of padding, behind the last expert's segment."""
     num_experts, top_k = routing.num_experts, routing.top_k
     served_NK = keep_NK
     if routing.valid_N is not None:
@@ -108,23 +126,34 @@ def sort_by_expert(x_ND: Tensor, routing: Routing, keep_NK: Tensor | None) -> Di
     experts_NK = routing.experts_NK
     if served_NK is not None:
         experts_NK = torch.where(served_NK, experts_NK, num_experts)
-    experts_A = experts_NK.flatten()
     # Narrow integers sort much faster on CPU.
-    order_A = experts_A.to(torch.int16 if num_experts < 2**15 else torch.int64).argsort(stable=True)
-    counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
+    dtype = torch.int16 if num_experts < 2**15 else torch.int64
+    sorted_A, order_A = experts_NK.flatten().to(dtype).sort(stable=True)
+    # Not bincount, which waits for the device to learn its largest value.
+    ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=order_A.device, dtype=dtype), right=True)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(order_A.numel(), device=order_A.device)
-    rows_AD = x_ND.index_select(0, order_A if top_k == 1 else order_A // top_k)
-    return Dispatched(rows_AD, counts_E, slot_A.view(-1, top_k), routing._replace(kept_NK=served_NK))
+    return Assignment(order_A, counts_E, slot_A.view(-1, top_k), routing._replace(kept_NK=served_NK))
 
 
-def weighted_sum(y_AD: Tensor, dispatched: Dispatched) -> Tensor:
+def gather_rows(x_ND: Tensor, assignment: Assignment) -> Tensor:
+    """One row per choice, in expert order."""
+    top_k = assignment.routing.top_k
+    return x_ND.index_select(0, assignment.order_A if top_k == 1 else assignment.order_A // top_k)
+
+
+def served_weights(routing: Routing) -> Tensor:
+    """Combine weights ``[N, K]``, zero where a choice is not served."""
+    if routing.kept_NK is None:
+        return routing.weights_NK
+    return torch.where(routing.kept_NK, routing.weights_NK, 0.0)
+
+
+def weighted_sum(y_AD: Tensor, assignment: Assignment) -> Tensor:
     """``sum_k weight_k * y_k`` back in row order; zero where a choice was not served."""
-    weights_NK = dispatched.routing.weights_NK
-    if dispatched.routing.kept_NK is not None:
-        weights_NK = torch.where(dispatched.routing.kept_NK, weights_NK, 0.0)
-    weights_NK = weights_NK.to(y_AD.dtype)
-    slot_NK = dispatched.slot_NK
+    weights_NK = served_weights(assignment.routing).to(y_AD.dtype)
+    slot_NK = assignment.slot_NK
     if slot_NK.shape[1] == 1:
         return y_AD.index_select(0, slot_NK[:, 0]) * weights_NK
     if slot_NK.numel() == 0:

@@ -1,4 +1,4 @@
-"""A bank of feed-forward experts with stacked weights, and its two interchangeable backends.
+"""A bank of feed-forward experts with stacked weights, and its interchangeable backends.
 
 Shape suffixes: E experts, A assignments (rows in expert order), D expert input width, F hidden width.
 """
@@ -6,12 +6,23 @@ Shape suffixes: E experts, A assignments (rows in expert order), D expert input 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BACKENDS = ("auto", "loop", "grouped_mm")
+from mhmoe_vl.moe.dispatch import Assignment, served_weights
+from mhmoe_vl.moe.segments import segment_ffn
+
+BACKENDS = ("auto", "loop", "segments", "grouped_mm", "fused")
+
+
+class BackendChoice(NamedTuple):
+    """A backend and the reason for it."""
+
+    backend: str
+    reason: str
 
 
 class Experts(nn.Module):
@@ -21,7 +32,9 @@ class Experts(nn.Module):
 
     Args:
         glu: gated experts with three matrices instead of two.
-        backend: ``loop`` (one matmul per expert; the oracle), ``grouped_mm`` (torch's grouped matmul), or ``auto``.
+        backend: ``loop`` (one matmul per expert, plain autograd; the oracle), ``segments`` (the CPU engine of
+            :mod:`~mhmoe_vl.moe.segments`), ``grouped_mm`` (torch's grouped matmul), ``fused`` (the Triton kernels of
+            :mod:`~mhmoe_vl.moe.fused`), or ``auto``, which :meth:`explain` explains.
     """
 
     def __init__(
@@ -65,24 +78,50 @@ class Experts(nn.Module):
             rows_AD: rows sorted by expert.
             counts_E: int64, rows of each expert; may sum to less than A.
         """
-        if torch.is_autocast_enabled(rows_AD.device.type):
-            rows_AD = rows_AD.to(torch.get_autocast_dtype(rows_AD.device.type))
-        if self.resolve_backend(rows_AD) == "loop":
-            return self._forward_loop(rows_AD, counts_E)
-        return self._forward_grouped(rows_AD, counts_E)
+        rows_AD = _autocast(rows_AD)
+        backend = self.explain(rows_AD.device, rows_AD.dtype).backend
+        if backend == "segments":
+            return segment_ffn(rows_AD, counts_E, *self._weights(rows_AD.dtype), glu=self.glu)
+        if backend == "grouped_mm":
+            return self._forward_grouped(rows_AD, counts_E)
+        if backend == "fused":
+            order_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
+            ones_A1 = torch.ones(rows_AD.shape[0], 1, device=rows_AD.device)
+            return self._fused(rows_AD, order_A, counts_E, ones_A1)
+        return self._forward_loop(rows_AD, counts_E)
 
-    def resolve_backend(self, rows_AD: Tensor) -> str:
-        """The backend that ``auto`` means for these rows.
+    def mix(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+        """Dispatch, experts and combination in one: ``sum_k weight_k * expert_k(x)``, with the ``fused`` backend."""
+        weights_NK = served_weights(assignment.routing)
+        return self._fused(_autocast(x_ND), assignment.order_A, assignment.counts_E, weights_NK)
 
-        On CPU one matmul per expert wins: a grouped call has to fault in one fresh tensor for the whole hidden
-        activation. On CUDA the grouped call wins, and avoids reading the counts back; it needs bfloat16 and strides of
-        16 bytes there.
-        """
+    def _fused(self, x_ND: Tensor, order_A: Tensor, counts_E: Tensor, weights_NK: Tensor) -> Tensor:
+        try:
+            from mhmoe_vl.moe.fused import fused_moe
+        except ImportError as error:
+            raise ImportError(f"backend='fused' needs triton, which comes with torch on Linux: {error}") from None
+        return fused_moe(x_ND, order_A, counts_E, weights_NK, *self._weights(x_ND.dtype), glu=self.glu)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        b1_EF = None if self.b1_EF is None else self.b1_EF.to(dtype)
+        b2_ED = None if self.b2_ED is None else self.b2_ED.to(dtype)
+        return self.w1_EDF.to(dtype), b1_EF, self.w2_EFD.to(dtype), b2_ED
+
+    def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
+        """The backend that rows on ``device`` of ``dtype`` take, and why."""
+        device = torch.device(device)
         if self.backend != "auto":
-            return self.backend
-        aligned = all(size * rows_AD.element_size() % 16 == 0 for size in (self.dim, self.ffn_dim))
-        on_gpu = rows_AD.device.type == "cuda" and rows_AD.dtype == torch.bfloat16
-        return "grouped_mm" if on_gpu and aligned else "loop"
+            return BackendChoice(self.backend, "asked for")
+        if device.type == "cpu":
+            return BackendChoice("segments", "on a CPU, hidden activations stay in cache and are kept once")
+        if device.type != "cuda":
+            return BackendChoice("loop", f"on {device.type} only plain matmuls are known to work")
+        if dtype != torch.bfloat16:
+            return BackendChoice("loop", f"grouped matmuls on a GPU need bfloat16, not {_short(dtype)}")
+        for name, size in (("dim", self.dim), ("ffn_dim", self.ffn_dim)):
+            if size * dtype.itemsize % 16:
+                return BackendChoice("loop", f"grouped matmuls need rows of a multiple of 16 bytes, and {name}={size}")
+        return BackendChoice("grouped_mm", "on a GPU, one launch for all experts, and counts are not read back")
 
     def _activate(self, hidden_AF: Tensor) -> Tensor:
         if not self.glu:
@@ -136,6 +175,16 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, dim={self.dim}, ffn_dim={self.ffn_dim}, glu={self.glu}, "
             f"bias={self.b1_EF is not None}, backend={self.backend}"
         )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the dtype of the autocast region around, if there is one."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _linear(x: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:

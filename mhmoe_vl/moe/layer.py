@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
-from mhmoe_vl.moe.experts import Experts
+from mhmoe_vl.moe.experts import BackendChoice, Experts
 from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
 
 ROUTERS = ("linear", "cosine")
@@ -79,12 +79,19 @@ class MoE(nn.Module):
         routing = self.router(x_ND)
         if valid is not None:
             routing = routing._replace(valid_N=valid.reshape(-1))
-        dispatched = self.dispatcher.dispatch(x_ND, routing)
-        y_AD = self.experts(dispatched.rows_AD, dispatched.counts_E)
-        y_ND = self.dispatcher.combine(y_AD, dispatched)
+        assignment = self.dispatcher.assign(routing)
+        if self.experts.backend == "fused":
+            y_ND = self.experts.mix(x_ND, assignment)
+        else:
+            rows_AD = self.dispatcher.dispatch(x_ND, assignment)
+            y_ND = self.dispatcher.combine(self.experts(rows_AD, assignment.counts_E), assignment)
         if self.inner_residual:
             y_ND = y_ND + x_ND
-        return y_ND.reshape(x.shape), dispatched.routing
+        return y_ND.reshape(x.shape), assignment.routing
+
+    def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
+        """Which backend tokens on ``device`` of ``dtype`` take, and why."""
+        return self.experts.explain(device, dtype)
 
     def extra_repr(self) -> str:
         return f"dispatcher={self.dispatcher!r}, inner_residual={self.inner_residual}"
@@ -158,6 +165,10 @@ class MultiHeadMoE(nn.Module):
         y_ND, routing = self.moe(sub_ND, valid_N)
         y = _zero_padding(self.merge(y_ND.reshape(x.shape)), valid)
         return y, routing._replace(num_heads=self.num_heads)
+
+    def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
+        """Which backend tokens on ``device`` of ``dtype`` take, and why."""
+        return self.moe.explain(device, dtype)
 
 
 def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,14 +1,18 @@
-"""The grouped matmul backend against the loop, and both in low precision."""
+"""Every backend against the loop, and all of them in low precision."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from mhmoe_vl.moe import Experts, MoE, balance_loss
+from mhmoe_vl.moe import Experts, MoE, MultiHeadMoE, balance_loss
 from tests.unit.moe.builders import Layer, build, gradients, random, relative_error, router_of
 
 CASES: dict[str, tuple[int | None, dict[str, Any]]] = {
@@ -22,9 +26,15 @@ CASES: dict[str, tuple[int | None, dict[str, Any]]] = {
 }
 
 
-def twins(num_heads: int | None, **options: Any) -> tuple[Layer, Layer]:
+#: Those that must do what the loop does.
+FAST = ("segments", "grouped_mm")
+if find_spec("triton") and not torch.cuda.is_available():
+    FAST += ("fused",)  # in the interpreter; see conftest.py
+
+
+def twins(backend: str, num_heads: int | None, **options: Any) -> tuple[Layer, Layer]:
     sizes = {"dim": 32, "ffn_dim": 24, "dtype": torch.float32} | options
-    return build(num_heads, backend="loop", **sizes), build(num_heads, backend="grouped_mm", **sizes)
+    return build(num_heads, backend="loop", **sizes), build(num_heads, backend=backend, **sizes)
 
 
 def run(layer: Layer, x: Tensor, valid: Tensor | None, *, expanded_grad: bool) -> dict[str, Tensor]:
@@ -39,22 +49,23 @@ def run(layer: Layer, x: Tensor, valid: Tensor | None, *, expanded_grad: bool) -
 @pytest.mark.parametrize("expanded_grad", [False, True], ids=["probe", "sum"])
 @pytest.mark.parametrize("batch", ["full", "padded", "idle_expert", "one_token"])
 @pytest.mark.parametrize("case", CASES)
-def test_grouped_mm_equals_loop(case: str, batch: str, expanded_grad: bool) -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_equals_loop(backend: str, case: str, batch: str, expanded_grad: bool) -> None:
     num_heads, options = CASES[case]
-    loop, grouped = twins(num_heads, **options)
+    loop, fast = twins(backend, num_heads, **options)
     x = random(2, 1 if batch == "one_token" else 9, 32, seed=1, dtype=torch.float32)
     valid = torch.arange(18).view(2, 9) % 3 != 1 if batch == "padded" else None
     if batch == "idle_expert":
-        for layer in (loop, grouped):
+        for layer in (loop, fast):
             router_of(layer).selection_bias_E[1] = -10
     expected = run(loop, x, valid, expanded_grad=expanded_grad)
-    actual = run(grouped, x, valid, expanded_grad=expanded_grad)
+    actual = run(fast, x, valid, expanded_grad=expanded_grad)
     for name, value in expected.items():
         scale = max(1.0, float(value.abs().max()))
         torch.testing.assert_close(actual[name] / scale, value / scale, rtol=0, atol=1e-5, msg=lambda t, n=name: n + t)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 def test_rows_behind_the_last_segment_give_zeros(backend: str) -> None:
     experts = Experts(3, 8, 16, backend=backend)
     torch.nn.init.ones_(experts.b2_ED)
@@ -66,9 +77,10 @@ def test_rows_behind_the_last_segment_give_zeros(backend: str) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_rows", [0, 1, 10])
-def test_grouped_mm_takes_transposed_rows_and_gradients(num_rows: int, bias: bool) -> None:
+@pytest.mark.parametrize("fast", FAST)
+def test_transposed_rows_and_gradients(fast: str, num_rows: int, bias: bool) -> None:
     results = []
-    for backend in ("loop", "grouped_mm"):
+    for backend in ("loop", fast):
         torch.manual_seed(0)
         experts = Experts(3, 16, 24, bias=bias, backend=backend)
         rows = random(16, num_rows, seed=1, dtype=torch.float32).requires_grad_()
@@ -80,7 +92,7 @@ def test_grouped_mm_takes_transposed_rows_and_gradients(num_rows: int, bias: boo
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-5, msg=lambda t, n=name: n + t)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 @pytest.mark.parametrize("case", ["moe_all_experts", "mhmoe_k2", "mhmoe_glu_no_bias"])
 def test_bfloat16_is_close_to_float64(case: str, backend: str) -> None:
     """Every expert is chosen, so that rounding cannot change a decision."""
@@ -97,7 +109,7 @@ def test_bfloat16_is_close_to_float64(case: str, backend: str) -> None:
         assert relative_error(value, expected[name]) < 0.03, name
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 @pytest.mark.parametrize("router", ["linear", "cosine"])
 def test_autocast_keeps_the_router_in_float32(router: str, backend: str) -> None:
     layer = build(dim=32, ffn_dim=24, router=router, backend=backend, dtype=torch.float32, top_k=2)
@@ -112,7 +124,7 @@ def test_autocast_keeps_the_router_in_float32(router: str, backend: str) -> None
     assert 1e-4 < relative_error(y, expected) < 0.02
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 def test_autocast_trains_the_multi_head_layer(backend: str) -> None:
     layer = build(2, dim=32, ffn_dim=24, backend=backend, dtype=torch.float32, top_k=4)
     x = random(30, 32, seed=1, dtype=torch.float32)
@@ -138,30 +150,145 @@ def test_grouped_mm_says_which_size_is_misaligned(dim: int, ffn_dim: int, name: 
         layer(torch.zeros(3, dim))
 
 
-def test_auto_is_the_loop_on_cpu() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        assert Experts(2, 8, 8).resolve_backend(torch.zeros(1, 8, dtype=dtype)) == "loop"
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "backend", "reason"),
+    [
+        ("cpu", torch.float32, 8, "segments", "stay in cache"),
+        ("cpu", torch.bfloat16, 8, "segments", "stay in cache"),
+        ("cuda", torch.float32, 8, "loop", "need bfloat16, not float32"),
+        ("cuda", torch.bfloat16, 6, "loop", "16 bytes, and dim=6"),
+        ("cuda", torch.bfloat16, 8, "grouped_mm", "one launch"),
+        ("mps", torch.float32, 8, "loop", "on mps"),
+    ],
+)
+def test_auto_says_what_it_chooses_and_why(
+    device: str, dtype: torch.dtype, dim: int, backend: str, reason: str
+) -> None:
+    choice = Experts(2, dim, 8).explain(torch.device(device), dtype)
+    assert choice.backend == backend
+    assert reason in choice.reason
+    assert Experts(2, dim, 8, backend="loop").explain(torch.device(device), dtype) == ("loop", "asked for")
+
+
+def segment_gradients(experts: Experts, rows: Tensor, counts: Tensor, probe: Tensor) -> dict[str, Tensor]:
+    rows = rows.detach().clone().requires_grad_()
+    experts.zero_grad()
+    y = experts(rows, counts)
+    y.backward(probe)
+    assert rows.grad is not None
+    return {"y": y.detach(), "rows": rows.grad, **gradients(experts)}
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_segments_of_many_blocks(monkeypatch: pytest.MonkeyPatch, glu: bool, bias: bool) -> None:
+    """Weight gradients add up over the blocks of an expert, and leftovers of earlier calls do not show."""
+    monkeypatch.setattr("mhmoe_vl.moe.segments.BLOCK_ROWS", 3)
+    torch.manual_seed(0)
+    experts = Experts(4, 8, 12, glu=glu, bias=bias).double()
+    for counts in ([7, 0, 1, 10], [0, 0, 0, 0], [0, 3, 0, 4]):
+        num_rows = sum(counts) + 2
+        rows, probe = random(num_rows, 8, seed=1), random(num_rows, 8, seed=2)
+        results = []
+        for experts.backend in ("loop", "segments"):
+            results.append(segment_gradients(experts, rows, torch.tensor(counts), probe))
+        for name, value in results[0].items():
+            torch.testing.assert_close(results[1][name], value, msg=lambda t, n=name: n + t)
+
+
+def test_segments_keep_nothing_without_gradients() -> None:
+    """Frozen or without grad, there is no graph and the answer is the same."""
+    experts = Experts(2, 8, 12, backend="segments")
+    rows, counts = random(6, 8, dtype=torch.float32), torch.tensor([2, 4])
+    expected = experts(rows, counts)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(experts(rows, counts), expected)
+    experts.requires_grad_(False)
+    y = experts(rows, counts)
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+
+
+def test_segments_train_from_several_threads() -> None:
+    """The backward pass of another thread must not write into this one's scratch memory."""
+    experts = [Experts(3, 8, 12, backend="segments") for _ in range(4)]
+    rows, counts, probe = random(60, 8, dtype=torch.float32), torch.tensor([20, 0, 40]), random(60, 8, seed=2).float()
+    expected = [segment_gradients(layer, rows, counts, probe) for layer in experts]
+    for layer in experts:
+        layer.zero_grad()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            actual = list(pool.map(lambda layer: segment_gradients(layer, rows, counts, probe), experts))
+    for ours, theirs in zip(actual, expected, strict=True):
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("case", ["moe_glu_k2", "mhmoe_k2", "mhmoe_capacity", "mhmoe_cosine_residual"])
+def test_compiles_as_one_graph(case: str) -> None:
+    num_heads, options = CASES[case]
+    layer = build(num_heads, **{"dim": 32, "ffn_dim": 24, "dtype": torch.float32} | options)
+    x = random(2, 9, 32, seed=1, dtype=torch.float32)
+    valid = torch.arange(18).view(2, 9) % 3 != 1
+    expected = run(layer, x, valid, expanded_grad=False)
+    layer.zero_grad()
+    layer.compile(fullgraph=True, backend="aot_eager")
+    actual = run(layer, x, valid, expanded_grad=False)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_nothing_is_read_back_but_by_the_loop(capacity_factor: float | None) -> None:
+    """On fake tensors, whatever needs a value or makes a shape of one raises: no waiting, fixed shapes."""
+
+    def run_on_fake_tensors(backend: str) -> None:
+        with FakeTensorMode():
+            layer = MultiHeadMoE(32, 24, 4, 2, top_k=2, backend=backend, capacity_factor=capacity_factor)
+            y, routing = layer(torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool))
+            (y.sum() + balance_loss(routing)).backward()
+
+    for backend in FAST:
+        run_on_fake_tensors(backend)
+    with pytest.raises(DataDependentOutputException):
+        run_on_fake_tensors("loop")
+
+
+@pytest.mark.parametrize("backend", ["loop", *FAST])
+def test_activation_checkpointing_changes_nothing(backend: str) -> None:
+    layer = build(2, dim=32, ffn_dim=24, top_k=2, dtype=torch.float32, backend=backend)
+    results = []
+    for wrap in (lambda x: layer(x)[0], lambda x: checkpoint(lambda t: layer(t)[0], x, use_reentrant=False)):
+        layer.zero_grad()
+        x = random(9, 32, seed=1, dtype=torch.float32).requires_grad_()
+        y = wrap(x)
+        (y * random(9, 32, seed=2, dtype=torch.float32)).sum().backward()
+        assert x.grad is not None
+        results.append({"y": y.detach(), "x": x.grad, **gradients(layer)})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="backend='triton' must be one of auto, loop, grouped_mm"):
+    with pytest.raises(ValueError, match="backend='triton' must be one of auto, loop, segments, grouped_mm, fused"):
         Experts(2, 8, 8, backend="triton")
     with pytest.raises(ValueError, match="must all be positive"):
         Experts(0, 8, 8)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "fused"])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_grouped_mm_equals_cpu_float64(case: str) -> None:
-    """bfloat16 grouped matmul on the device, padding included; weights on the device are the rounded ones."""
+def test_cuda_equals_cpu_float64(case: str, backend: str) -> None:
+    """bfloat16 on the device, padding included; weights on the device are the rounded ones."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     num_heads, options = CASES[case]
     options = {"dim": 64, "ffn_dim": 64} | options | {"top_k": 4}
     exact = build(num_heads, backend="loop", **options)
-    rounded = build(num_heads, dtype=torch.bfloat16, **options).cuda()
-    experts = rounded.experts if isinstance(rounded, MoE) else rounded.moe.experts
-    assert experts.resolve_backend(torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")) == "grouped_mm"
+    rounded = build(num_heads, dtype=torch.bfloat16, backend=backend, **options).cuda()
+    assert rounded.explain("cuda", torch.bfloat16).backend == ("grouped_mm" if backend == "auto" else "fused")
     exact.load_state_dict(rounded.state_dict())
     x = random(40, 64, seed=1, dtype=torch.bfloat16)
     valid = torch.arange(40) % 3 != 1

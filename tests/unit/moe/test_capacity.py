@@ -28,13 +28,13 @@ def test_hand_worked_places_are_given_out_choice_by_choice() -> None:
     order alone would have refused nobody else.
     """
     routing = routing_of([[0, 1], [0, 1], [0, 2], [1, 0]], num_experts=3)
-    x = torch.arange(4.0)[:, None]
-    dispatched = CapacityDispatcher(1.0).dispatch(x, routing)
-    assert dispatched.routing.kept_NK.tolist() == [[True, True], [True, True], [True, True], [True, False]]
-    assert dispatched.counts_E.tolist() == [3, 3, 1]
-    assert dispatched.rows_AD[:7, 0].tolist() == [0, 1, 2, 0, 1, 3, 2]
-    assert dispatched.slot_NK.tolist() == [[0, 3], [1, 4], [2, 6], [5, 7]]
-    stats = routing_stats(dispatched.routing)
+    dispatcher = CapacityDispatcher(1.0)
+    assignment = dispatcher.assign(routing)
+    assert assignment.routing.kept_NK.tolist() == [[True, True], [True, True], [True, True], [True, False]]
+    assert assignment.counts_E.tolist() == [3, 3, 1]
+    assert dispatcher.dispatch(torch.arange(4.0)[:, None], assignment)[:7, 0].tolist() == [0, 1, 2, 0, 1, 3, 2]
+    assert assignment.slot_NK.tolist() == [[0, 3], [1, 4], [2, 6], [5, 7]]
+    stats = routing_stats(assignment.routing)
     assert int(stats.num_dropped) == 1
     assert stats.load_E.tolist() == [4, 3, 1]
 
@@ -42,7 +42,7 @@ def test_hand_worked_places_are_given_out_choice_by_choice() -> None:
 def test_first_choices_of_late_rows_come_before_second_choices_of_early_rows() -> None:
     """One place each (ceil(0.5 * 2 * 2 / 2)): row 0 would take both if places went row by row."""
     routing = routing_of([[0, 1], [1, 0]], num_experts=2)
-    kept = CapacityDispatcher(0.5).dispatch(torch.zeros(2, 1), routing).routing.kept_NK
+    kept = CapacityDispatcher(0.5).assign(routing).routing.kept_NK
     assert kept.tolist() == [[True, False], [True, False]]
 
 
@@ -50,17 +50,17 @@ def test_padding_takes_no_places_and_adds_no_room() -> None:
     """Three valid rows of six: ceil(1.0 * 3 / 2) = 2 places; the valid rows are 1, 3 and 4."""
     experts = [[0], [0], [0], [0], [0], [1]]
     routing = routing_of(experts, num_experts=2, valid=[False, True, False, True, True, False])
-    dispatched = CapacityDispatcher(1.0).dispatch(torch.arange(6.0)[:, None], routing)
-    assert dispatched.routing.kept_NK[:, 0].tolist() == [False, True, False, True, False, False]
-    assert dispatched.counts_E.tolist() == [2, 0]
-    assert dispatched.rows_AD[:2, 0].tolist() == [1, 3]
-    assert int(routing_stats(dispatched.routing).num_dropped) == 1
+    dispatcher = CapacityDispatcher(1.0)
+    assignment = dispatcher.assign(routing)
+    assert assignment.routing.kept_NK[:, 0].tolist() == [False, True, False, True, False, False]
+    assert assignment.counts_E.tolist() == [2, 0]
+    assert dispatcher.dispatch(torch.arange(6.0)[:, None], assignment)[:2, 0].tolist() == [1, 3]
+    assert int(routing_stats(assignment.routing).num_dropped) == 1
 
 
 def test_the_balance_load_counts_dropped_choices() -> None:
     routing = routing_of([[0], [0], [0], [0]], num_experts=2)
-    dispatched = CapacityDispatcher(0.5).dispatch(torch.zeros(4, 1), routing)
-    stats = routing_stats(dispatched.routing)
+    stats = routing_stats(CapacityDispatcher(0.5).assign(routing).routing)
     assert stats.load_E.tolist() == [4, 0]
     assert int(stats.num_dropped) == 3
 
@@ -100,8 +100,7 @@ def test_a_dropped_choice_adds_nothing_whatever_the_experts_made_of_it(top_k: in
     """The dispatcher alone: one place for two rows that want the same experts, and every row comes back as 1."""
     routing = routing_of([[0, 1][:top_k], [0, 1][:top_k]], num_experts=2)
     dispatcher = CapacityDispatcher(1 / top_k)
-    dispatched = dispatcher.dispatch(torch.zeros(2, 3), routing)
-    combined = dispatcher.combine(torch.ones(2 * top_k, 3), dispatched)
+    combined = dispatcher.combine(torch.ones(2 * top_k, 3), dispatcher.assign(routing))
     assert combined.tolist() == [[top_k] * 3, [0] * 3]
 
 

@@ -50,7 +50,7 @@ def test_padding_is_left_out(given_to: str) -> None:
 def test_drops_among_rows_that_only_the_caller_calls_padding() -> None:
     """Expert 0 has room for two of three rows; the third is dropped, the first is not counted at all."""
     routing = routing_of([[0], [0], [0]])._replace(logits_NE=GATES[:, :2], balance_probs_NE=GATES[:, :2])
-    routing = CapacityDispatcher(1.3).dispatch(torch.zeros(3, 1), routing).routing
+    routing = CapacityDispatcher(1.3).assign(routing).routing
     assert routing.kept_NK[:, 0].tolist() == [True, True, False]
     assert int(routing_stats(routing, torch.tensor([False, True, True])).num_dropped) == 1
 

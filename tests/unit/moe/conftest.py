@@ -1,0 +1,37 @@
+"""Without a GPU, Triton's kernels run in its interpreter; it must know before a kernel is imported."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETS = not torch.cuda.is_available() and find_spec("triton") is not None
+
+if INTERPRETS:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter keeps bfloat16 as integers, and multiplies these: give its products the numbers instead."""
+    if not INTERPRETS:
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def numbers(handle: Any) -> Any:
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, numbers(a), numbers(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
