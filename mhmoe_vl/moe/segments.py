@@ -21,8 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 aten = torch.ops.aten
 
-#: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden activations
-#: stay in cache. In 16 bits matmuls are so fast that they need more rows, and sums over blocks would be rounded each time.
+#: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden
+#: activations stay in cache. In 16 bits matmuls are so fast that they need more rows, and sums over blocks would be
+#: rounded each time.
 BLOCK_ROWS = {8: 512, 4: 512, 2: 8192}
 
 
