@@ -27,8 +27,9 @@ check: install ## lint, types, import direction
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-bench: install ## time the layers of all kinds side by side
+bench: install ## time the layers of all kinds side by side, and the expert layer against its floor
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.moe
 
 clean: ## remove the environment, runs and sample data
 	rm -rf $(VENV) runs data/quickstart

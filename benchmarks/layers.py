@@ -8,11 +8,6 @@ machine slows all of them alike. Prints a table and writes a result file with ha
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -23,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.measure import paired_ratios, take_turns, write_result
 from mhmoe_vl.moe import KINDS, FeedForward, FfnShape, MoE, MultiHeadMoE, match_ffn
 from mhmoe_vl.moe.cost import default_router
-from mhmoe_vl.train.run_directory import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,20 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     shapes = {kind: _shape(kind, args) for kind in KINDS}
     passes = {kind: _pass(_layer(shape).to(device, dtype), shape, args.num_tokens) for kind, shape in shapes.items()}
-    for run in passes.values():
-        run()
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(args.repeats):
-        for kind, run in passes.items():
-            seconds[kind].append(_timed(run, device))
+    seconds = take_turns(passes, repeats=args.repeats, device=device)
     rows = [_row(shapes[kind], seconds[kind], seconds["dense"]) for kind in KINDS]
     _show(rows, args)
     out = args.out or Path("benchmarks/results") / f"layers_{date.today():%Y%m%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
-    result = {"settings": settings, "environment": environment(1), "hardware": _hardware(), "layers": rows}
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(out)
+    write_result(out, vars(args), rows)
     return 0
 
 
@@ -89,16 +75,7 @@ def _pass(layer: nn.Module, shape: FfnShape, num_tokens: int) -> Callable[[], No
     return run
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def _row(shape: FfnShape, seconds: list[float], dense: list[float]) -> dict[str, Any]:
-    ratios = [own / other for own, other in zip(seconds, dense, strict=True)]
     return {
         "kind": shape.kind,
         "ffn_dim": shape.ffn_dim,
@@ -106,10 +83,7 @@ def _row(shape: FfnShape, seconds: list[float], dense: list[float]) -> dict[str,
         "num_params": shape.cost.num_params,
         "flops_per_token": shape.cost.flops_per_token,
         "num_assignments_per_token": shape.cost.num_assignments_per_token,
-        "median_ms": 1000 * statistics.median(seconds),
-        "median_ratio_to_dense": statistics.median(ratios),
-        "min_ratio": min(ratios),
-        "max_ratio": max(ratios),
+        **paired_ratios(seconds, dense),
     }
 
 
@@ -121,18 +95,9 @@ def _show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         table.add_row(
             row["kind"], str(row["num_experts"]), str(row["ffn_dim"]), f"{row['num_params']:,}",
             f"{row['flops_per_token']:,}", f"{row['median_ms']:.1f}",
-            f"{row['median_ratio_to_dense']:.2f} ({row['min_ratio']:.2f} to {row['max_ratio']:.2f})",
+            f"{row['median_ratio']:.2f} ({row['min_ratio']:.2f} to {row['max_ratio']:.2f})",
         )  # fmt: skip
     Console().print(table)
-
-
-def _hardware() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"processor": model, "num_threads": torch.get_num_threads(), "platform": sys.platform}
 
 
 if __name__ == "__main__":

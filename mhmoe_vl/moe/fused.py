@@ -17,6 +17,7 @@ the first product (F, or 2 F for GLU experts), E experts, B blocks of rows.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -81,8 +82,12 @@ def fused_moe(
         glu: the first product holds gate and up projections side by side, joined by SiLU.
 
     Raises:
-        ValueError: rows too wide, another dtype, or weights of another dtype than the rows.
+        ValueError: rows too wide, another dtype, weights of another dtype than the rows, or no GPU and no interpreter.
     """
+    if x_ND.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"the fused backend: runs on CUDA, not on {x_ND.device.type} (TRITON_INTERPRET=1 simulates it)"
+        )
     dim, dtype = x_ND.shape[1], x_ND.dtype
     if why_not(dim, dtype) or any(t is not None and t.dtype != dtype for t in (w1_EDH, b1_EH, w2_EFD, b2_ED)):
         raise ValueError(
