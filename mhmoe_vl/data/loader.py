@@ -38,11 +38,10 @@ class Source:
     def __init__(self, name: str, paths: Sequence[str | Path], builder: SampleBuilder) -> None:
         self.name, self.builder = name, builder
         self.shards = [read_index(shard) for shard in find_shards([str(path) for path in paths])]
+        wanted = " or ".join(f"'{kind}'" for kind in builder.shard_kinds)
         for shard in self.shards:
-            if shard.kind != builder.shard_kind:
-                raise DataError(
-                    f"{shard.path}: is a shard of kind '{shard.kind}', but source '{name}' needs '{builder.shard_kind}'"
-                )
+            if shard.kind not in builder.shard_kinds:
+                raise DataError(f"{shard.path}: is a shard of kind '{shard.kind}', but source '{name}' needs {wanted}")
         self._shard_ends = np.cumsum([shard.num_items for shard in self.shards])
         self._sample_ends = [np.cumsum([sample.num_items for sample in shard.samples]) for shard in self.shards]
 

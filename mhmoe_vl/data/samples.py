@@ -26,10 +26,10 @@ class SampleBuilder(ABC):
     """Builds examples from shards of one kind.
 
     Attributes:
-        shard_kind: kind of shard it reads.
+        shard_kinds: kinds of shard it reads.
     """
 
-    shard_kind: str
+    shard_kinds: tuple[str, ...]
 
     @abstractmethod
     def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
@@ -52,9 +52,9 @@ class PatchMasking:
 
 
 class ImageSamples(SampleBuilder):
-    """Images for masked image modeling."""
+    """Images for masked image modeling, those of pairs too."""
 
-    shard_kind = "image"
+    shard_kinds = ("image", "pair")
 
     def __init__(self, transform: ImageTransform, masking: PatchMasking) -> None:
         self.transform, self.masking = transform, masking
@@ -67,7 +67,7 @@ class ImageSamples(SampleBuilder):
 class TextSamples(SampleBuilder):
     """Texts for masked language modeling; of a long document a random window."""
 
-    shard_kind = "text"
+    shard_kinds = ("text",)
 
     def __init__(self, tokenizer: TextTokenizer, length: int, mask_ratio: float) -> None:
         self.tokenizer, self.length, self.mask_ratio = tokenizer, length, mask_ratio
@@ -89,7 +89,7 @@ class TextSamples(SampleBuilder):
 class PairSamples(SampleBuilder):
     """Images with one of their captions, drawn anew each epoch; both sides may be masked."""
 
-    shard_kind = "pair"
+    shard_kinds = ("pair",)
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class PairSamples(SampleBuilder):
 class VqaSamples(SampleBuilder):
     """Questions with soft scores for each answer of the answer list."""
 
-    shard_kind = "vqa"
+    shard_kinds = ("vqa",)
 
     def __init__(
         self, transform: ImageTransform, tokenizer: TextTokenizer, length: int, answers: Sequence[str]
@@ -153,7 +153,7 @@ class VqaSamples(SampleBuilder):
 class Nlvr2Samples(SampleBuilder):
     """A sentence and two images."""
 
-    shard_kind = "nlvr2"
+    shard_kinds = ("nlvr2",)
 
     def __init__(self, transform: ImageTransform, tokenizer: TextTokenizer, length: int) -> None:
         self.transform, self.tokenizer, self.length = transform, tokenizer, length

@@ -15,7 +15,7 @@ from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.data.image import AugmentConfig, ImageTransform
 from mhmoe_vl.data.loader import MicroBatch, ShardDataset, Source, evaluation_loader, train_loader
 from mhmoe_vl.data.plan import MixturePlan, SampleRef
-from mhmoe_vl.data.samples import PairSamples, PatchMasking, TextSamples, VqaSamples
+from mhmoe_vl.data.samples import ImageSamples, PairSamples, PatchMasking, TextSamples, VqaSamples
 from mhmoe_vl.errors import DataError
 from tests.unit.data.builders import damage, json_bytes, pair_sample, word_tokenizer, words, write_shard
 from tests.unit.data.files import image_bytes
@@ -149,6 +149,14 @@ def text_shard(folder: Path, broken: Iterable[int], num_samples: int = 24) -> Sh
     return ShardDataset({"text": Source("text", [path], TEXTS)}, seed=0, pad_id=TOKENIZER.pad_id)
 
 
+def test_images_of_pairs_feed_masked_image_modeling(shards: Path) -> None:
+    images = ImageSamples(ImageTransform(16, None), PatchMasking(4, 0.4))
+    dataset = ShardDataset({"image": Source("image", [shards / "pairs"], images)}, seed=0, pad_id=TOKENIZER.pad_id)
+    batch = dataset.batch("image", [SampleRef("image", 0, item) for item in range(11)])
+    assert batch.image.shape == (11, 3, 16, 16)
+    assert batch.text_ids is None
+
+
 def test_a_broken_sample_is_replaced_by_its_next_good_neighbour_and_reported(tmp_path: Path) -> None:
     dataset = text_shard(tmp_path, broken=[4, 5, 23])
     batch = dataset.batch("text", [SampleRef("text", 0, item) for item in (3, 4, 5, 23)])
@@ -164,7 +172,7 @@ def test_a_broken_sample_is_replaced_by_its_next_good_neighbour_and_reported(tmp
 
 def test_a_sample_that_cannot_be_built_is_named_with_its_shard(shards: Path) -> None:
     texts_of_pairs = TextSamples(TOKENIZER, 12, 0.3)
-    texts_of_pairs.shard_kind = "pair"
+    texts_of_pairs.shard_kinds = ("pair",)
     dataset = ShardDataset({"x": Source("x", [shards / "pairs"], texts_of_pairs)}, seed=0, pad_id=0)
     with pytest.raises(
         DataError, match=r"^11 samples in a row .*pairs-00002\.tar: p10: the sample has no \.txt member"

@@ -17,7 +17,7 @@ if INTERPRETS:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter keeps bfloat16 as integers, and multiplies these: give its products the numbers instead."""
     if not INTERPRETS:
         return
@@ -35,3 +35,11 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, numbers(a), numbers(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # Triton 3.6 (of torch 2.11) turns arrays of one element into an int, which numpy refuses since 2.4.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_index)
