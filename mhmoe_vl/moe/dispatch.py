@@ -134,7 +134,7 @@ def sort_by_expert(routing: Routing, keep_NK: Tensor | None) -> Assignment:
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(order_A.numel(), device=order_A.device)
-    return Assignment(order_A, counts_E, slot_A.view(-1, top_k), routing._replace(kept_NK=served_NK))
+    return Assignment(order_A, counts_E, slot_A.view(-1, top_k), routing.replace(kept_NK=served_NK))
 
 
 def gather_rows(x_ND: Tensor, assignment: Assignment) -> Tensor:

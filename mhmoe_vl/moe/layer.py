@@ -78,7 +78,7 @@ class MoE(nn.Module):
         x_ND = _zero_padding(x, valid).reshape(-1, self.dim)
         routing = self.router(x_ND)
         if valid is not None:
-            routing = routing._replace(valid_N=valid.reshape(-1))
+            routing = routing.replace(valid_N=valid.reshape(-1))
         assignment = self.dispatcher.assign(routing)
         if self.experts.backend == "fused":
             y_ND = self.experts.mix(x_ND, assignment)
@@ -164,7 +164,7 @@ class MultiHeadMoE(nn.Module):
         valid_N = None if valid is None else valid.reshape(-1).repeat_interleave(self.num_heads)
         y_ND, routing = self.moe(sub_ND, valid_N)
         y = _zero_padding(self.merge(y_ND.reshape(x.shape)), valid)
-        return y, routing._replace(num_heads=self.num_heads)
+        return y, routing.replace(num_heads=self.num_heads)
 
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """Which backend tokens on ``device`` of ``dtype`` take, and why."""

@@ -36,6 +36,10 @@ class Routing(NamedTuple):
     kept_NK: Tensor | None = None
     num_heads: int = 1
 
+    def replace(self, **changes: Tensor | int | None) -> Routing:
+        """A copy with some fields changed. Unlike ``_replace``, torch 2.11 can compile what returns it."""
+        return Routing(*(changes.get(name, value) for name, value in zip(self._fields, self, strict=True)))  # type: ignore[arg-type]
+
     @property
     def num_experts(self) -> int:
         return self.logits_NE.shape[-1]

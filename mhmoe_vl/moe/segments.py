@@ -139,6 +139,8 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, dy_AD, _):  # type: ignore[no-untyped-def]
+    if dy_AD is None:
+        return (None,) * 8
     rows_AD, counts_E, w1_EDH, w2_EFD, pre_AH = ctx.saved_tensors
     gradients = _backward(dy_AD.contiguous(), rows_AD, counts_E, w1_EDH, w2_EFD, pre_AH, ctx.glu)
     dx_AD, dw1_EDH, db1_EH, dw2_EFD, db2_ED = gradients

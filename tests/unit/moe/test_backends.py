@@ -249,10 +249,14 @@ def test_nothing_is_read_back_but_by_the_loop(capacity_factor: float | None) -> 
             y, routing = layer(torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool))
             (y.sum() + balance_loss(routing)).backward()
 
-    for backend in FAST:
-        run_on_fake_tensors(backend)
-    with pytest.raises(DataDependentOutputException):
-        run_on_fake_tensors("loop")
+    torch.set_default_dtype(torch.bfloat16)  # torch 2.11 knows no fake float32 for grouped_mm
+    try:
+        for backend in FAST:
+            run_on_fake_tensors(backend)
+        with pytest.raises(DataDependentOutputException):
+            run_on_fake_tensors("loop")
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["loop", *FAST])
