@@ -20,7 +20,7 @@ from torch import nn
 from mhmoe_vl.data.loader import MicroBatch, ShardDataset, train_loader
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from mhmoe_vl.distributed.collectives import any_rank, fail_together
+from mhmoe_vl.distributed.collectives import all_reduce_sum, fail_together, gather_objects
 from mhmoe_vl.distributed.parallel import parallelize
 from mhmoe_vl.distributed.weights import export_weights
 from mhmoe_vl.distributed.world import World
@@ -99,7 +99,7 @@ def _loop(
             module.train()
             schedule.step_update(step)
             of_step = list(islice(micro_batches, config.num_micro_batches))
-            journal.note_problems(of_step)
+            num_broken_here = journal.note_problems(of_step)
             result = train_step(
                 module,
                 optimizer,
@@ -114,11 +114,13 @@ def _loop(
                     f"{config.out}: loss or gradient was not finite for {num_bad} steps up to step {step}; resume from "
                     "the last checkpoint with a lower optimizer.learning_rate, or look at the data of these steps"
                 )
+            num_signals, num_broken = all_reduce_sum(torch.tensor([len(stop), num_broken_here])).tolist()
+            journal.count_broken(num_broken)
+            stopping = num_signals > 0
             done = step + 1
             bar.update(done)
             if done % config.log_every == 0 or done == config.max_steps:
                 bar.show(done, journal.log(done, optimizer, result.grad_norm))
-            stopping = any_rank(bool(stop))
             is_last = done == config.max_steps or stopping
             with journal.not_training():
                 if held_out is not None and (is_last or (config.validate_every and done % config.validate_every == 0)):
@@ -138,7 +140,8 @@ class _Journal:
     def __init__(self, config: RunConfig, world: World, writer: MetricsWriter | None, first_step: int) -> None:
         self.config, self.world, self.writer = config, world, writer
         self.figures = Figures()
-        self.problems = 0
+        self.num_broken = 0
+        self.last_problem = ""
         self._since, self._time = first_step, time.perf_counter()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -152,20 +155,29 @@ class _Journal:
         yield
         self._time += time.perf_counter() - start
 
-    def note_problems(self, micro_batches: list[MicroBatch]) -> None:
-        """Record broken samples, and stop if they are not exceptions.
+    def note_problems(self, micro_batches: list[MicroBatch]) -> int:
+        """Write down this rank's broken samples; returns their number."""
+        lines = [line for micro in micro_batches for batch in micro.values() for line in batch.problems]
+        if lines:
+            self.last_problem = lines[-1]
+            path = Path(self.config.out) / f"broken_samples.rank{self.world.rank}.txt"
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        return len(lines)
+
+    def count_broken(self, number: int) -> None:
+        """Stop if broken samples are not exceptions. Collective.
+
+        Args:
+            number: of this step, over all ranks.
 
         Raises:
-            DataError: more than 5 % of the samples of the last steps were broken.
+            DataError: more than 5 % of the samples since the last log line were broken; on all ranks alike.
         """
-        lines = [line for micro in micro_batches for batch in micro.values() for line in batch.problems]
-        if not lines:
-            return
-        self.problems += len(lines)
-        with (Path(self.config.out) / f"broken_samples.rank{self.world.rank}.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        if self.problems > max(20, 0.05 * self.config.data.batch_size * self.config.log_every):
-            raise DataError(f"{self.problems} broken samples since the last log line; the last: {lines[-1]}")
+        self.num_broken += number
+        if self.num_broken > max(20, 0.05 * self.config.data.batch_size * self.config.log_every):
+            last = next(line for line in reversed(gather_objects(self.last_problem)) if line)
+            raise DataError(f"{self.num_broken} broken samples since the last log line; the last: {last}")
 
     def log(self, step: int, optimizer: torch.optim.Optimizer, grad_norm: float) -> str:
         """Write the ``train`` and ``experts`` records of the interval; return one line for the terminal."""
@@ -182,12 +194,12 @@ class _Journal:
         if routing:
             values["max_violation"] = max(stats.max_violation for stats in routing.values())
             line += f" load max {1 + values['max_violation']:.1f}x mean"
-        if self.problems:
-            values["broken_samples"] = self.problems
+        if self.num_broken:
+            values["broken_samples"] = self.num_broken
         self.write("train", step, values)
         if routing:
             self.write("experts", step, expert_record(routing))
-        self.figures, self.problems = Figures(), 0
+        self.figures, self.num_broken = Figures(), 0
         self._since, self._time = step, time.perf_counter()
         return line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -125,8 +126,9 @@ def test_clipping_limits_the_step_and_reports_the_norm_before_it(shards: Path, t
     assert figures(tmp_path)[1]["grad_norm"] > 0.1
 
 
-def test_broken_samples_are_listed_and_too_many_stop_the_run(shards: Path, tmp_path: Path) -> None:
-    """Of 24 pairs 12 lose their bytes: with six samples a step, the 21st broken one is too many."""
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_broken_samples_are_listed_and_too_many_stop_the_run(shards: Path, tmp_path: Path, num_ranks: int) -> None:
+    """Of 24 pairs 12 lose their bytes: with six samples a step, the 21st broken one is too many, on whatever rank."""
     pairs = tmp_path / "pairs"
     shutil.copytree(shards / "pairs-train", pairs)
     (shard,) = pairs.glob("*.tar")
@@ -136,9 +138,16 @@ def test_broken_samples_are_listed_and_too_many_stop_the_run(shards: Path, tmp_p
     out = tmp_path / "run"
     tree = pretraining(shards, out, max_steps=60, log_every=60)
     tree["data"]["train"]["pair"]["shards"] = str(pairs)
-    with pytest.raises(DataError, match=r"^2\d broken samples since the last log line; the last: .*checksum differs"):
-        train(tree)
-    lines = (out / "broken_samples.rank0.txt").read_text().splitlines()
+
+    def complaint(world: World) -> str:
+        with pytest.raises(DataError) as raised:
+            train(tree, world)
+        return str(raised.value)
+
+    messages = [complaint(ALONE)] if num_ranks == 1 else run_ranks(complaint, num_ranks)
+    assert len(set(messages)) == 1
+    assert re.match(r"2\d broken samples since the last log line; the last: .*checksum differs", messages[0])
+    lines = [line for path in out.glob("broken_samples.rank*.txt") for line in path.read_text().splitlines()]
     assert len(lines) > 20
     assert all("pairs" in line and "checksum differs" in line for line in lines)
 
