@@ -133,15 +133,20 @@ def _global_loads(routings: Mapping[str, Sequence[Routing]]) -> dict[str, Tensor
     return dict(zip(local, reduced.split([load.numel() for load in local.values()]), strict=True))
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """``logits`` in float32, or in float64 if that is what they are: losses are not taken in 16 bits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def masked_cross_entropy(
     head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor, *, label_smoothing: float = 0.0, ignore: int = -100
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy over the positions with a target, and how many predictions were right.
 
-    The head runs on those positions only: with a large vocabulary that is most of its cost. Logits are float32.
+    The head runs on those positions only: with a large vocabulary that is most of its cost. Float32 logits at least.
     """
     chosen_BL = targets_BL != ignore
-    logits_NV = head(hidden_BLD[chosen_BL]).float()
+    logits_NV = at_least_float32(head(hidden_BLD[chosen_BL]))
     targets_N = targets_BL[chosen_BL]
     loss = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
     return loss, (logits_NV.argmax(-1) == targets_N).sum()

@@ -14,7 +14,7 @@ from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.feed_forward import LayerRouting
 from mhmoe_vl.models.heads import Nlvr2Head
-from mhmoe_vl.tasks.base import MicroBatch, Task, TaskOutput
+from mhmoe_vl.tasks.base import MicroBatch, Task, TaskOutput, at_least_float32
 
 
 class Nlvr2Config(Config):
@@ -54,7 +54,7 @@ class Nlvr2Task(Task):
             blind=self.task_config.blind,
         )
         left_and_right = torch.stack([encoded.vision[:, 0], encoded.text[:, 0]], dim=1).chunk(2)
-        return self.nlvr2_head(*left_and_right).float(), encoded.routings
+        return at_least_float32(self.nlvr2_head(*left_and_right)), encoded.routings
 
     def forward(self, batches: MicroBatch, totals: Mapping[str, float], num_micro_batches: int = 1) -> TaskOutput:
         device = self.encoder.text_embedding.positions.device

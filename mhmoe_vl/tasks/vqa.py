@@ -14,7 +14,7 @@ from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.feed_forward import LayerRouting
 from mhmoe_vl.models.heads import VqaHead
-from mhmoe_vl.tasks.base import MicroBatch, Task, TaskOutput
+from mhmoe_vl.tasks.base import MicroBatch, Task, TaskOutput, at_least_float32
 
 
 class VqaConfig(Config):
@@ -50,7 +50,7 @@ class VqaTask(Task):
             sample_seed=batch.seed,
             blind=self.task_config.blind,
         )
-        return self.vqa_head(encoded.vision[:, 0]).float(), encoded.routings
+        return at_least_float32(self.vqa_head(encoded.vision[:, 0])), encoded.routings
 
     def forward(self, batches: MicroBatch, totals: Mapping[str, float], num_micro_batches: int = 1) -> TaskOutput:
         device = self.encoder.text_embedding.positions.device

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter; it must know before a kernel is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter (tests/conftest.py switches it on)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-INTERPRETS = not torch.cuda.is_available() and find_spec("triton") is not None
-
-if INTERPRETS:
-    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def test_pretraining_predicts_hidden_patches_and_tokens() -> None:
         prefix = "pair_" if source == "pair" else ""
         if batch.image is not None:
             hidden = batch.image_mask
-            logits = task.mim_head(encoded.vision[:, 1:][hidden]).float()
+            logits = task.mim_head(encoded.vision[:, 1:][hidden])
             codes = task.codebook.encode(batch.image)[hidden]
             loss = F.cross_entropy(logits, codes, reduction="sum")
             assert totals[f"{prefix}mim"] == 2 * len(codes)
@@ -39,7 +39,7 @@ def test_pretraining_predicts_hidden_patches_and_tokens() -> None:
             expected = expected + WEIGHTS[f"{prefix}mim_weight"] * loss / (2 * len(codes))
         if batch.text_targets is not None:
             rows = batch.text_targets >= 0
-            loss = F.cross_entropy(task.mlm_head(encoded.text[rows]).float(), batch.text_targets[rows], reduction="sum")
+            loss = F.cross_entropy(task.mlm_head(encoded.text[rows]), batch.text_targets[rows], reduction="sum")
             assert totals[f"{prefix}mlm"] == 2 * int(rows.sum())
             assert_close(output.sums[f"{prefix}mlm"], loss)
             expected = expected + WEIGHTS[f"{prefix}mlm_weight"] * loss / (2 * int(rows.sum()))
@@ -82,11 +82,11 @@ def test_nlvr2_is_two_passes() -> None:
     )
     features = [torch.stack([encoded.vision[:, 0], encoded.text[:, 0]], dim=1) for encoded in (left, right)]
     expected = task.nlvr2_head(*features)
-    assert_close(task.logits(batch)[0], expected.float())
+    assert_close(task.logits(batch)[0], expected)
     output = task({"nlvr2": batch}, {"nlvr2": 3})
     assert output.sums["nlvr2_accuracy"] == (expected.argmax(-1) == batch.label).sum()
     swapped = replace(batch, image=batch.right_image, right_image=batch.image)
-    assert not torch.isclose(task.logits(swapped)[0], expected.float()).any()
+    assert not torch.isclose(task.logits(swapped)[0], expected).any()
 
 
 def test_nlvr2_examples_without_a_label_do_not_count() -> None:
