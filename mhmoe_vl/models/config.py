@@ -42,7 +42,7 @@ class MoEConfig(Config):
     renormalize: bool = False
     inner_residual: bool = False
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
+    backend: Literal["auto", "loop", "segments", "grouped_mm", "fused"] = "auto"
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     z_weight: Annotated[float, Field(ge=0)] = 0.0
     selection_bias_rate: Annotated[float, Field(ge=0)] = 0.0
@@ -92,7 +92,7 @@ class ModelConfig(Config):
             shape = self.ffn_shape
             if self.moe.match == "flops" and not shape.is_matched:
                 raise ValueError(
-                    f"moe: no sizes match the reference SMoE within 2 % (best: ffn_dim={shape.ffn_dim}, "
+                    f"moe: no sizes match the reference SMoE to 2 % in whole percent (best: ffn_dim={shape.ffn_dim}, "
                     f"num_experts={shape.num_experts}, FLOPs {shape.flops_mismatch:+.1%}, parameters "
                     f"{shape.params_mismatch:+.1%}); change moe.num_heads, moe.choices, moe.num_experts or ffn_dim, "
                     "or set moe.match=none"

@@ -7,13 +7,13 @@ y, routing = layer(x, valid=None)
 loss = task_loss + 0.01 * balance_loss(routing)
 """
 
-from mhmoe_vl.moe.cost import FfnCost, count_flops, ffn_cost
+from mhmoe_vl.moe.cost import KINDS, FfnCost, count_flops, ffn_cost
 from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from mhmoe_vl.moe.experts import Experts
 from mhmoe_vl.moe.feed_forward import FeedForward
 from mhmoe_vl.moe.layer import MoE, MultiHeadMoE
 from mhmoe_vl.moe.losses import balance_loss, expert_load, z_loss
-from mhmoe_vl.moe.match import KINDS, FfnShape, match_ffn
+from mhmoe_vl.moe.match import FfnShape, match_ffn
 from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
 from mhmoe_vl.moe.stats import RoutingStats, routing_stats
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_vl.moe.routing import cosine_router_dim
+from mhmoe_vl.moe.routing import ROUTERS, cosine_router_dim
+
+KINDS = ("dense", "smoe", "xmoe", "fine_grained", "mhmoe")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,18 @@ def ffn_cost(
     Args:
         router: ``linear`` or ``cosine``; by default what the kind means (cosine for ``xmoe``).
         sub_ln: the dense layer normalises its hidden activation.
+
+    Raises:
+        ValueError: unknown kind or router, a size that is not positive, heads that do not divide the width, or more
+            choices than experts.
     """
+    _check(kind, dim, ffn_dim, num_experts, top_k, num_heads, router)
     num_matrices = 3 if glu else 2
     if kind == "dense":
         num_params = num_matrices * dim * ffn_dim
         num_params += (num_matrices - 1) * ffn_dim + dim if bias else 0
         num_params += 2 * ffn_dim if sub_ln else 0
         return FfnCost(num_params, num_params, 2 * num_matrices * dim * ffn_dim, 0)
-    if kind != "mhmoe" and num_heads != 1:
-        raise ValueError(f"kind={kind!r} has no sub-tokens: num_heads={num_heads} must be 1")
     width = dim // num_heads
     expert_params = num_matrices * width * ffn_dim + ((num_matrices - 1) * ffn_dim + width if bias else 0)
     if (router or default_router(kind)) == "linear":
@@ -81,15 +86,32 @@ def ffn_cost(
     )
 
 
+def _check(kind: str, dim: int, ffn_dim: int, num_experts: int, top_k: int, num_heads: int, router: str | None) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    if router is not None and router not in ROUTERS:
+        raise ValueError(f"router={router!r} must be one of {', '.join(ROUTERS)}")
+    if min(dim, ffn_dim, num_experts) < 1:
+        raise ValueError(f"dim={dim}, ffn_dim={ffn_dim} and num_experts={num_experts} must all be positive")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+    if kind != "mhmoe" and num_heads != 1:
+        raise ValueError(f"kind={kind!r} has no sub-tokens: num_heads={num_heads} must be 1")
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+
+
 def default_router(kind: str) -> str:
     """Router that a kind means unless it is told otherwise: X-MoE is the cosine router, all others are linear."""
     return "cosine" if kind == "xmoe" else "linear"
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products that ``run()`` really executes, grouped matmuls included.
+    """FLOPs of the matrix products of ``run()``, grouped matmuls and our own operations included.
 
-    torch's own counter gives grouped matmuls zero FLOPs, which would make every MFU figure fiction.
+    torch's own counter gives grouped matmuls zero FLOPs, which would make every MFU figure fiction. Where the routing
+    decides how many rows an expert serves, shapes are what is counted: rows of padding and dropped choices count as
+    if they were served. The ``loop`` backend alone has shapes that leave them out.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
     with counter:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhmoe_vl.moe.dispatch import Assignment, served_weights
-from mhmoe_vl.moe.segments import segment_ffn
+from mhmoe_vl.moe.segments import segment_moe
 
 BACKENDS = ("auto", "loop", "segments", "grouped_mm", "fused")
+#: Backends that gather, weight and scatter rows themselves.
+WHOLE_LAYER_BACKENDS = ("segments", "fused")
 
 
 class BackendChoice(NamedTuple):
@@ -80,27 +82,34 @@ class Experts(nn.Module):
         """
         rows_AD = _autocast(rows_AD)
         backend = self.explain(rows_AD.device, rows_AD.dtype).backend
-        if backend == "segments":
-            return segment_ffn(rows_AD, counts_E, *self._weights(rows_AD.dtype), glu=self.glu)
-        if backend == "grouped_mm":
-            return self._forward_grouped(rows_AD, counts_E)
-        if backend == "fused":
+        if backend in WHOLE_LAYER_BACKENDS:
             order_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
             ones_A1 = torch.ones(rows_AD.shape[0], 1, device=rows_AD.device)
-            return self._fused(rows_AD, order_A, counts_E, ones_A1)
+            return self._mix(backend, rows_AD, order_A, counts_E, ones_A1)
+        if backend == "grouped_mm":
+            return self._forward_grouped(rows_AD, counts_E)
         return self._forward_loop(rows_AD, counts_E)
 
-    def mix(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
-        """Dispatch, experts and combination in one: ``sum_k weight_k * expert_k(x)``, with the ``fused`` backend."""
-        weights_NK = served_weights(assignment.routing)
-        return self._fused(_autocast(x_ND), assignment.order_A, assignment.counts_E, weights_NK)
+    def mixes(self, x_ND: Tensor) -> bool:
+        """Whether :meth:`mix` may be called for these rows."""
+        return self.explain(x_ND.device, _autocast_dtype(x_ND)).backend in WHOLE_LAYER_BACKENDS
 
-    def _fused(self, x_ND: Tensor, order_A: Tensor, counts_E: Tensor, weights_NK: Tensor) -> Tensor:
+    def mix(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+        """Dispatch, experts and combination in one: ``sum_k weight_k * expert_k(x)``."""
+        x_ND = _autocast(x_ND)
+        backend = self.explain(x_ND.device, x_ND.dtype).backend
+        weights_NK = served_weights(assignment.routing)
+        return self._mix(backend, x_ND, assignment.order_A, assignment.counts_E, weights_NK)
+
+    def _mix(self, backend: str, x_ND: Tensor, order_A: Tensor, counts_E: Tensor, weights_NK: Tensor) -> Tensor:
+        weights = self._weights(x_ND.dtype)
+        if backend == "segments":
+            return segment_moe(x_ND, order_A, counts_E, weights_NK, *weights, glu=self.glu)
         try:
             from mhmoe_vl.moe.fused import fused_moe
         except ImportError as error:
             raise ImportError(f"backend='fused' needs triton, which comes with torch on Linux: {error}") from None
-        return fused_moe(x_ND, order_A, counts_E, weights_NK, *self._weights(x_ND.dtype), glu=self.glu)
+        return fused_moe(x_ND, order_A, counts_E, weights_NK, *weights, glu=self.glu)
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         b1_EF = None if self.b1_EF is None else self.b1_EF.to(dtype)
@@ -114,6 +123,8 @@ class Experts(nn.Module):
             return BackendChoice(self.backend, "asked for")
         if device.type == "cpu":
             return BackendChoice("segments", "on a CPU, hidden activations stay in cache and are kept once")
+        if device.type == "meta":
+            return BackendChoice("segments", "without memory, one operation that knows the shapes of its results")
         if device.type != "cuda":
             return BackendChoice("loop", f"on {device.type} only plain matmuls are known to work")
         if dtype != torch.bfloat16:
@@ -147,6 +158,8 @@ class Experts(nn.Module):
 
     def _forward_grouped(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
         dtype = rows_AD.dtype
+        if dtype == torch.float64:
+            raise ValueError("grouped_mm takes no float64: use float32, bfloat16 or backend='loop'")
         for name, size in (("dim", self.dim), ("ffn_dim", self.ffn_dim)):
             if size * rows_AD.element_size() % 16:
                 raise ValueError(
@@ -179,8 +192,13 @@ class Experts(nn.Module):
 
 def _autocast(x: Tensor) -> Tensor:
     """In the dtype of the autocast region around, if there is one."""
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    is_enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_enabled else x.dtype
 
 
 def _short(dtype: torch.dtype) -> str:

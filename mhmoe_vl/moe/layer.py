@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from mhmoe_vl.moe.experts import BackendChoice, Experts
-from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
-
-ROUTERS = ("linear", "cosine")
+from mhmoe_vl.moe.routing import ROUTERS, CosineRouter, LinearRouter, Routing
 
 
 class MoE(nn.Module):
@@ -80,7 +78,7 @@ class MoE(nn.Module):
         if valid is not None:
             routing = routing.replace(valid_N=valid.reshape(-1))
         assignment = self.dispatcher.assign(routing)
-        if self.experts.backend == "fused":
+        if self.experts.mixes(x_ND):
             y_ND = self.experts.mix(x_ND, assignment)
         else:
             rows_AD = self.dispatcher.dispatch(x_ND, assignment)

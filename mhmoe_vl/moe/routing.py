@@ -7,10 +7,13 @@ R router width of the cosine router.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+ROUTERS = ("linear", "cosine")
 
 
 class Routing(NamedTuple):
@@ -54,21 +57,35 @@ def router_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def choose_top_k(scores_NE: Tensor, top_k: int) -> Tensor:
-    """Indices ``[N, K]`` of the ``top_k`` largest scores, best first; ties go to the lowest index.
+def choose_top_k(scores_NE: Tensor, top_k: int, logits_NE: Tensor | None = None) -> Tensor:
+    """Indices ``[N, K]`` of the ``top_k`` largest scores, best first.
+
+    Ties go to the larger of the logits, if they are given, and then to the lowest index.
 
     Repeated argmax instead of ``torch.topk``: its ties are defined, and on CPU it is several times faster for the
     small K used here.
     """
     if top_k == 1:
-        return scores_NE.argmax(dim=-1, keepdim=True)
+        return _best(scores_NE, logits_NE)
     remaining_NE = scores_NE.detach().clone()
     choices = []
     for _ in range(top_k):
-        choice_N1 = remaining_NE.argmax(dim=-1, keepdim=True)
+        choice_N1 = _best(remaining_NE, logits_NE)
         choices.append(choice_N1)
         remaining_NE.scatter_(-1, choice_N1, -math.inf)
     return torch.cat(choices, dim=-1)
+
+
+def _best(scores_NE: Tensor, logits_NE: Tensor | None) -> Tensor:
+    if logits_NE is not None:
+        is_best_NE = scores_NE == scores_NE.amax(dim=-1, keepdim=True)
+        scores_NE = logits_NE.detach().masked_fill(~is_best_NE, -math.inf)
+    return scores_NE.argmax(dim=-1, keepdim=True)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    # The meta device knows no autocast, not even to be switched off.
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 class _Router(nn.Module):
@@ -91,7 +108,9 @@ class _Router(nn.Module):
 
     def select(self, logits_NE: Tensor, balance_logits_NE: Tensor) -> Routing:
         probs_NE = logits_NE.softmax(-1) if self.gate == "softmax" else logits_NE.sigmoid()
-        experts_NK = choose_top_k(probs_NE + self.selection_bias_E.to(probs_NE.dtype), self.top_k)
+        scores_NE = probs_NE + self.selection_bias_E.to(probs_NE.dtype)
+        # Sigmoid gates saturate: several experts of a row then have a gate of exactly 1.
+        experts_NK = choose_top_k(scores_NE, self.top_k, logits_NE if self.gate == "sigmoid" else None)
         weights_NK = probs_NE.gather(-1, experts_NK)
         if self.renormalize:
             # Sigmoid gates can all be tiny: the floor is against 0/0 only.
@@ -129,7 +148,7 @@ class LinearRouter(_Router):
         nn.init.zeros_(self.selection_bias_E)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with _no_autocast(x_ND):
             dtype = router_dtype(x_ND)
             logits_NE = x_ND.to(dtype) @ self.weight_DE.to(dtype)
             return self.select(logits_NE, logits_NE)
@@ -168,7 +187,7 @@ class CosineRouter(_Router):
         nn.init.zeros_(self.selection_bias_E)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with _no_autocast(x_ND):
             dtype = router_dtype(x_ND)
             rows_NR = nn.functional.normalize(x_ND.to(dtype) @ self.projection_DR.to(dtype), dim=-1, eps=1e-4)
             experts_ER = nn.functional.normalize(self.embedding_ER.to(dtype), dim=-1, eps=1e-4)

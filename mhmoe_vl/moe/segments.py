@@ -1,23 +1,26 @@
-"""Experts over contiguous segments of rows as one operation with a hand-written gradient: the CPU engine.
+"""The expert layer on a CPU as one operation with a hand-written gradient: gather, experts, weights and scatter.
 
-What costs time on a CPU beside the matmuls is memory: the hidden activations (F wide, the largest tensors of the layer)
-are touched for the first time, page by page, in several fresh tensors, and every expert's weight gradient starts as a
-copy. Here hidden activations live in a small workspace that stays in cache, block by block; only the pre-activations
-are kept for the backward pass, which makes GELU again instead of loading it, and weight gradients are written where
-they belong. Half the memory of what autograd would keep, and no more arithmetic than the matmuls need.
+What costs time on a CPU beside the matmuls is memory: hidden activations (F wide, the largest tensors of the layer) and
+gradients of weights that are touched for the first time, page by page, and rows that are copied from one large tensor
+to the next. Here an expert's rows are gathered, sent through it and weighted in blocks that stay in cache; only
+pre-activations and the experts' outputs are kept for the backward pass, which makes the activations again instead of
+loading them; weight gradients are written where they belong; and all that is large lives in memory that was used
+before (:mod:`~mhmoe_vl.moe.memory`).
 
-Shape suffixes: E experts, A rows in expert order, D expert input width, F hidden width, H width of the first product
-(F, or 2 F for GLU experts), B rows of one block.
+Shape suffixes: N rows, K choices per row, A = N K assignments (number n K + k), E experts, D row width, F hidden width,
+H width of the first product (F, or 2 F for GLU experts), B rows of one block.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from mhmoe_vl.moe.memory import Workspace, recycled
 
 aten = torch.ops.aten
 
@@ -27,9 +30,11 @@ aten = torch.ops.aten
 BLOCK_ROWS = {8: 512, 4: 512, 2: 8192}
 
 
-def segment_ffn(
-    rows_AD: Tensor,
+def segment_moe(
+    x_ND: Tensor,
+    order_A: Tensor,
     counts_E: Tensor,
+    weights_NK: Tensor,
     w1_EDH: Tensor,
     b1_EH: Tensor | None,
     w2_EFD: Tensor,
@@ -37,78 +42,98 @@ def segment_ffn(
     *,
     glu: bool,
 ) -> Tensor:
-    """``act(x W1 + b1) W2 + b2`` with the weights of each row's expert; zeros behind the last segment.
+    """``y_n = sum_k weight_nk * expert_nk(x_n)``, ``[N, D]``; choices that no segment serves add nothing.
 
     Differentiable once, in all floating-point arguments. On CPU only.
 
     Args:
-        rows_AD: sorted by expert.
-        counts_E: int64, rows of each expert; may sum to less than A.
+        order_A: int64, assignments sorted by expert, those that are not served behind all others.
+        counts_E: int64, assignments of each expert; may sum to less than A.
+        weights_NK: at least float32.
         glu: the first product holds gate and up projections side by side, joined by SiLU.
     """
-    tensors = (rows_AD, w1_EDH, b1_EH, w2_EFD, b2_ED)
+    tensors = (x_ND, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _forward(rows_AD, counts_E, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep)[0]
+    return _forward(x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep)[0]
 
 
-@torch.library.custom_op("mhmoe_vl::segment_ffn", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mhmoe_vl::segment_moe", mutates_args=(), device_types="cpu")
 def _forward(
-    rows_AD: Tensor,
+    x_ND: Tensor,
+    order_A: Tensor,
     counts_E: Tensor,
+    weights_NK: Tensor,
     w1_EDH: Tensor,
     b1_EH: Tensor | None,
     w2_EFD: Tensor,
     b2_ED: Tensor | None,
     glu: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """Outputs ``[A, D]``, and pre-activations ``[A, H]`` if they are to be kept (else ``[0, H]``)."""
-    width, hidden_width = w1_EDH.shape[2], w2_EFD.shape[1]
-    y_AD = torch.empty_like(rows_AD)
-    pre_AH = rows_AD.new_empty(rows_AD.shape[0] if keep else 0, width)
-    work = _Workspace(rows_AD.dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs ``[N, D]``; if they are to be kept, pre-activations ``[A, H]`` and outputs of experts ``[A, D]``."""
+    dim, num_choices = x_ND.shape[1], order_A.shape[0]
+    width, hidden_width, dtype = w1_EDH.shape[2], w2_EFD.shape[1], x_ND.dtype
+    row_A = order_A if weights_NK.shape[1] == 1 else order_A // weights_NK.shape[1]
+    y_AD = recycled.empty(num_choices, dim, dtype=dtype)
+    pre_AH = recycled.empty(num_choices if keep else 0, width, dtype=dtype)
+    work = Workspace(dtype)
     w1, w2 = w1_EDH.unbind(0), w2_EFD.unbind(0)
     end = 0
-    for expert, start, stop in _blocks(counts_E, rows_AD.dtype):
-        num_rows, end = stop - start, stop
-        pre_BH = pre_AH[start:stop] if keep else work("pre", num_rows, width)
-        hidden_BF = work("hidden", num_rows, hidden_width)
-        _affine(rows_AD[start:stop], w1[expert], None if b1_EH is None else b1_EH[expert], out=pre_BH)
+    for expert, start, stop in _blocks(counts_E, dtype):
+        num_block_rows, end = stop - start, stop
+        x_BD = torch.index_select(x_ND, 0, row_A[start:stop], out=work("x", num_block_rows, dim))
+        pre_BH = pre_AH[start:stop] if keep else work("pre", num_block_rows, width)
+        hidden_BF = work("hidden", num_block_rows, hidden_width)
+        _affine(x_BD, w1[expert], None if b1_EH is None else b1_EH[expert], out=pre_BH)
         _activate(pre_BH, glu, out=hidden_BF)
         _affine(hidden_BF, w2[expert], None if b2_ED is None else b2_ED[expert], out=y_AD[start:stop])
     y_AD[end:] = 0
-    return y_AD, pre_AH
+    y_ND = _gather_back(y_AD, _places(order_A).view_as(weights_NK), weights_NK.to(dtype))
+    return y_ND, pre_AH, y_AD if keep else y_AD.new_empty(0, dim)
 
 
 @_forward.register_fake
-def _(rows_AD, counts_E, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep):  # type: ignore[no-untyped-def]
-    return torch.empty_like(rows_AD), rows_AD.new_empty(rows_AD.shape[0] if keep else 0, w1_EDH.shape[2])
+def _(x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep):  # type: ignore[no-untyped-def]
+    num_kept = order_A.shape[0] if keep else 0
+    return torch.empty_like(x_ND), x_ND.new_empty(num_kept, w1_EDH.shape[2]), x_ND.new_empty(num_kept, x_ND.shape[1])
 
 
-@torch.library.custom_op("mhmoe_vl::segment_ffn_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mhmoe_vl::segment_moe_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    dy_AD: Tensor,
-    rows_AD: Tensor,
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    order_A: Tensor,
     counts_E: Tensor,
+    weights_NK: Tensor,
     w1_EDH: Tensor,
     w2_EFD: Tensor,
     pre_AH: Tensor,
+    y_AD: Tensor,
     glu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, ``w1``, ``b1``, ``w2``, ``b2``."""
-    num_experts, _, width = w1_EDH.shape
-    hidden_width = w2_EFD.shape[1]
-    dx_AD = torch.empty_like(rows_AD)
-    dw1_EDH, dw2_EFD = torch.empty_like(w1_EDH), torch.empty_like(w2_EFD)
-    db1_EH, db2_ED = w1_EDH.new_empty(num_experts, width), w2_EFD.new_empty(num_experts, w2_EFD.shape[2])
-    work = _Workspace(rows_AD.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows, combine weights, ``w1``, ``b1``, ``w2``, ``b2``."""
+    num_experts, dim, width = w1_EDH.shape
+    (num_choices, hidden_width), top_k, dtype = (order_A.shape[0], w2_EFD.shape[1]), weights_NK.shape[1], x_ND.dtype
+    row_A = order_A if top_k == 1 else order_A // top_k
+    weight_A1 = weights_NK.reshape(-1, 1).index_select(0, order_A).to(dtype)
+    dx_AD = recycled.empty(num_choices, dim, dtype=dtype)
+    dw1_EDH = recycled.empty(*w1_EDH.shape, dtype=dtype)
+    dw2_EFD = recycled.empty(*w2_EFD.shape, dtype=dtype)
+    db1_EH, db2_ED = w1_EDH.new_empty(num_experts, width), w2_EFD.new_empty(num_experts, dim)
+    dweight_A = torch.zeros_like(weights_NK, memory_format=torch.contiguous_format).view(-1)
+    work = Workspace(dtype)
     w1_T, w2_T = w1_EDH.transpose(1, 2).unbind(0), w2_EFD.transpose(1, 2).unbind(0)
     end, previous = 0, -1
-    for expert, start, stop in _blocks(counts_E, rows_AD.dtype):
-        num_rows, end = stop - start, stop
-        x_BD, dy_BD, pre_BH = rows_AD[start:stop], dy_AD[start:stop], pre_AH[start:stop]
-        hidden_BF = work("hidden", num_rows, hidden_width)
-        dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_rows, hidden_width))
+    for expert, start, stop in _blocks(counts_E, dtype):
+        num_block_rows, end = stop - start, stop
+        pre_BH, row_B = pre_AH[start:stop], row_A[start:stop]
+        dy_BD = torch.index_select(dy_ND, 0, row_B, out=work("dy", num_block_rows, dim))
+        x_BD = work("x", num_block_rows, dim)
+        torch.sum(torch.mul(dy_BD, y_AD[start:stop], out=x_BD), -1, dtype=dweight_A.dtype, out=dweight_A[start:stop])
+        dy_BD *= weight_A1[start:stop]
+        torch.index_select(x_ND, 0, row_B, out=x_BD)
+        hidden_BF = work("hidden", num_block_rows, hidden_width)
+        dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width))
         dpre_BH = _activate_backward(dhidden_BF, pre_BH, glu, hidden_BF, work)
         first = expert != previous
         _accumulate_product(dw2_EFD[expert], hidden_BF.T, dy_BD, first=first)
@@ -121,46 +146,66 @@ def _backward(
         for gradient in (dw1_EDH, db1_EH, dw2_EFD, db2_ED):
             gradient[expert].zero_()
     dx_AD[end:] = 0
-    return dx_AD, dw1_EDH, db1_EH, dw2_EFD, db2_ED
+    place_A = _places(order_A)
+    dx_ND = _gather_back(dx_AD, place_A.view_as(weights_NK), None)
+    return dx_ND, dweight_A.index_select(0, place_A).view_as(weights_NK), dw1_EDH, db1_EH, dw2_EFD, db2_ED
 
 
 @_backward.register_fake
-def _(dy_AD, rows_AD, counts_E, w1_EDH, w2_EFD, pre_AH, glu):  # type: ignore[no-untyped-def]
+def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, pre_AH, y_AD, glu):  # type: ignore[no-untyped-def]
     num_experts = w1_EDH.shape[0]
     db1_EH, db2_ED = w1_EDH.new_empty(num_experts, w1_EDH.shape[2]), w2_EFD.new_empty(num_experts, w2_EFD.shape[2])
-    return torch.empty_like(rows_AD), torch.empty_like(w1_EDH), db1_EH, torch.empty_like(w2_EFD), db2_ED
+    dw1_EDH, dw2_EFD = torch.empty_like(w1_EDH), torch.empty_like(w2_EFD)
+    return torch.empty_like(x_ND), torch.empty_like(weights_NK), dw1_EDH, db1_EH, dw2_EFD, db2_ED
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    rows_AD, counts_E, w1_EDH, b1_EH, w2_EFD, b2_ED, ctx.glu, _ = inputs
+    x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, ctx.glu, _ = inputs
     ctx.has_bias = (b1_EH is not None, b2_ED is not None)
-    ctx.set_materialize_grads(False)  # the pre-activations get none, and a tensor of zeros for them is large
-    ctx.save_for_backward(rows_AD, counts_E, w1_EDH, w2_EFD, output[1])
+    ctx.set_materialize_grads(False)  # what is kept gets no gradient, and zeros in its place would be large
+    ctx.save_for_backward(x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, *output[1:])
 
 
-def _differentiate(ctx, dy_AD, _):  # type: ignore[no-untyped-def]
-    if dy_AD is None:
-        return (None,) * 8
-    rows_AD, counts_E, w1_EDH, w2_EFD, pre_AH = ctx.saved_tensors
-    gradients = _backward(dy_AD.contiguous(), rows_AD, counts_E, w1_EDH, w2_EFD, pre_AH, ctx.glu)
-    dx_AD, dw1_EDH, db1_EH, dw2_EFD, db2_ED = gradients
+def _differentiate(ctx, dy_ND, *_):  # type: ignore[no-untyped-def]
+    if dy_ND is None:
+        return (None,) * 10
+    dx_ND, dweights_NK, dw1, db1, dw2, db2 = _backward(dy_ND.contiguous(), *ctx.saved_tensors, ctx.glu)
     has_b1, has_b2 = ctx.has_bias
-    return dx_AD, None, dw1_EDH, db1_EH if has_b1 else None, dw2_EFD, db2_ED if has_b2 else None, None, None
+    db1, db2 = db1 if has_b1 else None, db2 if has_b2 else None
+    return dx_ND, None, None, dweights_NK, dw1, db1, dw2, db2, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.mhmoe_vl.segment_ffn)
-def _(rows, counts, w1, b1, w2, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """Two products per row."""
-    return 2 * rows[0] * (w1[1] * w1[2] + w2[1] * w2[2])
+@register_flop_formula(torch.ops.mhmoe_vl.segment_moe)
+def _(x, order, counts, weights, w1, b1, w2, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Two products per assignment."""
+    return 2 * order[0] * (w1[1] * w1[2] + w2[1] * w2[2])
 
 
-@register_flop_formula(torch.ops.mhmoe_vl.segment_ffn_backward)
-def _(dy, rows, counts, w1, w2, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+@register_flop_formula(torch.ops.mhmoe_vl.segment_moe_backward)
+def _(dy, x, order, counts, weights, w1, w2, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     """Each product has two gradients."""
-    return 4 * rows[0] * (w1[1] * w1[2] + w2[1] * w2[2])
+    return 4 * order[0] * (w1[1] * w1[2] + w2[1] * w2[2])
+
+
+def _places(order_A: Tensor) -> Tensor:
+    """Where in ``order_A`` each assignment stands."""
+    place_A = torch.empty_like(order_A)
+    place_A[order_A] = torch.arange(order_A.shape[0])
+    return place_A
+
+
+def _gather_back(y_AD: Tensor, place_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    """Sum over the choices of each row, weighted if there are weights, ``[N, D]``."""
+    if place_NK.shape[1] == 1:
+        y_ND = torch.index_select(y_AD, 0, place_NK[:, 0], out=recycled.empty(*y_AD.shape, dtype=y_AD.dtype))
+        return y_ND if weights_NK is None else y_ND.mul_(weights_NK)
+    if place_NK.numel() == 0:
+        return y_AD.new_zeros(place_NK.shape[0], y_AD.shape[1])
+    # One fused un-sort, weight and sum: several times faster than gather, multiply, sum.
+    return F.embedding_bag(place_NK, y_AD, per_sample_weights=weights_NK, mode="sum")
 
 
 def _blocks(counts_E: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -171,22 +216,6 @@ def _blocks(counts_E: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, in
         for block in range(num_blocks):
             yield expert, start + count * block // num_blocks, start + count * (block + 1) // num_blocks
         start += count
-
-
-class _Workspace:
-    """Scratch tensors that are kept from call to call, per thread: fresh memory costs more than what is done in it."""
-
-    _kept = threading.local()
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, name: str, num_rows: int, width: int) -> Tensor:
-        kept, key = self._kept.__dict__, f"{name} {self.dtype}"
-        buffer = kept.get(key)
-        if buffer is None or buffer.numel() < num_rows * width:
-            buffer = kept[key] = torch.empty(num_rows * width, dtype=self.dtype)
-        return buffer[: num_rows * width].view(num_rows, width)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
@@ -206,7 +235,7 @@ def _activate(pre_BH: Tensor, glu: bool, *, out: Tensor) -> None:
         aten.gelu.out(pre_BH, out=out)
 
 
-def _activate_backward(dhidden_BF: Tensor, pre_BH: Tensor, glu: bool, hidden_BF: Tensor, work: _Workspace) -> Tensor:
+def _activate_backward(dhidden_BF: Tensor, pre_BH: Tensor, glu: bool, hidden_BF: Tensor, work: Workspace) -> Tensor:
     """Gradient of the pre-activations; fills ``hidden_BF`` with the activations again. ``dhidden_BF`` is used up."""
     _activate(pre_BH, glu, out=hidden_BF)
     if not glu:

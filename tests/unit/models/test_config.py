@@ -30,7 +30,7 @@ SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "ffn_dim": 256, "ffn": "dense"}
         ({"ffn": "smoe", "moe": {"top_k": 9}}, "reference_top_k=9 must lie between 1 and reference_num_experts=8"),
         ({"ffn": "mhmoe", "moe": {"num_heads": 7}}, "num_heads=7 must divide dim=64"),
         ({"ffn": "mhmoe", "ffn_dim": 64}, "use a wider reference"),
-        ({"ffn": "mhmoe", "moe": {"num_heads": 64}}, "moe: no sizes match the reference SMoE within 2 %"),
+        ({"ffn": "mhmoe", "moe": {"num_heads": 64}}, "moe: no sizes match the reference SMoE to 2 % in whole percent"),
     ],
 )
 def test_impossible_sizes(changes: dict[str, Any], message: str) -> None:

@@ -70,12 +70,12 @@ def test_the_parts_of_giant() -> None:
     def pool(name: str) -> int:
         return num_params(*(block.ffn.pools[name] for block in encoder.blocks if name in block.ffn.pools))
 
-    assert pool("vision") == pytest.approx(692e6, rel=0.02)
-    assert pool("text") == pytest.approx(692e6, rel=0.02)
-    assert pool("joint") == pytest.approx(52e6, rel=0.02)
-    assert num_params(*(block.attention for block in encoder.blocks)) == pytest.approx(317e6, rel=0.02)
-    # The MLM head shares the token embedding in the paper.
-    assert num_params(encoder, mim_head) == pytest.approx(1.9e9, rel=0.025)
+    assert pool("vision") == pytest.approx(692e6, rel=0.005)
+    assert pool("text") == pytest.approx(692e6, rel=0.005)
+    assert pool("joint") == pytest.approx(52e6, rel=0.005)
+    assert num_params(*(block.attention for block in encoder.blocks)) == pytest.approx(317e6, rel=0.005)
+    # The MLM head shares the token embedding in the paper, whose total has two digits.
+    assert round(num_params(encoder, mim_head) / 1e9, 1) == 1.9
     assert mlm_head.linear.weight.shape == encoder.text_embedding.tokens.weight.shape
 
 

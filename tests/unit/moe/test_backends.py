@@ -274,6 +274,17 @@ def test_activation_checkpointing_changes_nothing(backend: str) -> None:
         assert torch.equal(value, results[1][name]), name
 
 
+def test_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = MultiHeadMoE(32, 24, 4, 2, top_k=2)
+        y, routing = layer(torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool))
+    y.sum().backward()
+    assert y.shape == (2, 9, 32)
+    assert routing.experts_NK.shape == (36, 2)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+    assert layer.explain("meta").backend == "segments"
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="backend='triton' must be one of auto, loop, segments, grouped_mm, fused"):
         Experts(2, 8, 8, backend="triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_active_parameters_leave_out_experts_a_token_cannot_reach(num_experts: i
     """Four heads with two choices each reach at most eight experts; one expert is 4*6 + 6*4 + 6 + 4 = 58."""
     cost = ffn_cost("mhmoe", 16, 6, num_experts, 2, 4)
     assert cost.num_params - cost.num_active_params == (num_experts - num_active_experts) * 58
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("foo", 768, 3072, 8), "kind='foo' must be one of dense, smoe"),
+        (("smoe", 768, 0, 8), "ffn_dim=0 and num_experts=8 must all be positive"),
+        (("smoe", 768, 3072, 8, 9), "top_k=9 must lie between 1 and num_experts=8"),
+        (("smoe", 768, 3072, 8, 1, 4), "has no sub-tokens: num_heads=4 must be 1"),
+        (("mhmoe", 770, 3072, 8, 1, 4), "num_heads=4 must divide dim=770"),
+    ],
+)
+def test_impossible_sizes_have_no_cost(arguments: tuple[Any, ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        ffn_cost(*arguments)
+    with pytest.raises(ValueError, match="router='linea' must be one of linear, cosine"):
+        ffn_cost("smoe", 768, 3072, 8, router="linea")
 
 
 def test_dense_flops_by_hand() -> None:

@@ -27,6 +27,18 @@ def test_selection_equals_a_stable_sort(top_k: int) -> None:
     assert choose_top_k(scores, top_k).tolist() == expected
 
 
+def test_ties_of_saturated_gates_go_to_the_larger_logit() -> None:
+    """All of 20, 30 and 25 have a float32 sigmoid of exactly 1."""
+    layer = LinearRouter(1, 4, 2, gate="sigmoid")
+    with torch.no_grad():
+        layer.weight_DE.copy_(torch.tensor([[20.0, 30.0, -1.0, 25.0]]))
+    routing = layer(torch.ones(1, 1))
+    assert routing.logits_NE.sigmoid()[0, [0, 1, 3]].tolist() == [1, 1, 1]
+    assert routing.experts_NK.tolist() == [[1, 3]]
+    layer.selection_bias_E[2] = 1.0
+    assert layer(torch.ones(1, 1)).experts_NK.tolist() == [[2, 1]], "the bias counts before the logits"
+
+
 def test_equal_logits_choose_the_first_experts() -> None:
     layer = build(2, top_k=2)
     with torch.no_grad():
