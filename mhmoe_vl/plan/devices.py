@@ -1,0 +1,170 @@
+"""Ceilings of devices: from datasheets, or measured on the spot.
+
+A datasheet's ceiling is what a chip could do; how much of it a step reaches is an assumption (:attr:`Device.reached`),
+which is printed with every figure that rests on it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mhmoe_vl.errors import ConfigError, suggest
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU as one process sees it.
+
+    Attributes:
+        kind: ``cuda`` or ``cpu``: decides precision and expert backend, as in training.
+        matmul_flops: dense FLOP/s of matrix products, by dtype.
+        memory_bandwidth: bytes/s, read and written together.
+        memory: bytes.
+        num_per_node: devices that ``intra_node_bandwidth`` joins.
+        intra_node_bandwidth, inter_node_bandwidth: bytes/s of one device in one direction, inside a node and out of it;
+            None where it is not known.
+        call_seconds: host time of one operation, forward or backward; None where it was not measured.
+        reached: share of the ceilings that a step is assumed to reach; 1 where they were measured.
+        source: where the figures come from.
+    """
+
+    name: str
+    kind: str
+    matmul_flops: Mapping[str, float]
+    memory_bandwidth: float
+    memory: int
+    num_per_node: int
+    intra_node_bandwidth: float | None
+    inter_node_bandwidth: float | None
+    call_seconds: float | None
+    reached: float
+    source: str
+
+
+#: A judgement, not a measurement: no step of ours has been timed on these devices.
+_REACHED = 0.6
+
+#: Dense figures without sparsity, float32 without TF32 (torch's default). NVLink's published total is both directions;
+#: the network is that of NVIDIA's own eight-GPU machine.
+_DATASHEETS = (
+    # NVIDIA H100 Tensor Core GPU datasheet, SXM; DGX H100: 8 x 400 Gb/s.
+    Device(
+        "h100", "cuda", {"bfloat16": 989e12, "float32": 67e12}, 3.35e12, 80 * 10**9, 8, 450e9, 50e9, None, _REACHED,
+        "NVIDIA H100 SXM and DGX H100 datasheets",
+    ),
+    # NVIDIA H200 Tensor Core GPU datasheet, SXM; DGX H200: 8 x 400 Gb/s.
+    Device(
+        "h200", "cuda", {"bfloat16": 989e12, "float32": 67e12}, 4.8e12, 141 * 10**9, 8, 450e9, 50e9, None, _REACHED,
+        "NVIDIA H200 SXM and DGX H200 datasheets",
+    ),
+    # NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM; DGX A100: 8 x 200 Gb/s.
+    Device(
+        "a100", "cuda", {"bfloat16": 312e12, "float32": 19.5e12}, 2.039e12, 80 * 10**9, 8, 300e9, 25e9, None, _REACHED,
+        "NVIDIA A100 80GB SXM and DGX A100 datasheets",
+    ),
+)  # fmt: skip
+DATASHEETS = {device.name: device for device in _DATASHEETS}
+NAMES = (*DATASHEETS, "cpu", "this")
+
+
+def find_device(name: str, *, precision: str = "auto") -> Device:
+    """A device by name; ``cpu`` and ``this`` (the GPU if there is one) are measured now, which takes seconds.
+
+    Args:
+        precision: of the run; products are measured in its dtype and in float32.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name in DATASHEETS:
+        return DATASHEETS[name]
+    if name not in NAMES:
+        raise ConfigError(f"--device: '{name}' must be one of {', '.join(NAMES)}{suggest(name, list(NAMES))}")
+    device = torch.device("cuda" if name == "this" and torch.cuda.is_available() else "cpu")
+    return measure_device(device, {torch.float32, compute_dtype(precision, device.type)})
+
+
+def compute_dtype(precision: str, kind: str) -> torch.dtype:
+    """What matrix products compute in, by the rule of :func:`mhmoe_vl.train.precision.autocast_for`; of GPUs, all that
+    are listed here have bfloat16."""
+    return torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and kind == "cuda") else torch.float32
+
+
+def measure_device(device: torch.device, dtypes: Collection[torch.dtype]) -> Device:
+    """Ceilings of the device under this process, with its number of threads and whatever else is running."""
+    on_cuda = device.type == "cuda"
+    return Device(
+        name=torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        kind=device.type,
+        matmul_flops={str(d).removeprefix("torch."): measure_matmul(device, d) for d in dtypes},
+        memory_bandwidth=_bandwidth(device),
+        memory=torch.cuda.mem_get_info(device)[0] if on_cuda else _free_memory(),
+        num_per_node=torch.cuda.device_count() if on_cuda else 1,
+        intra_node_bandwidth=None,
+        inter_node_bandwidth=None,
+        call_seconds=_call_seconds(device),
+        reached=1.0,
+        source=f"measured now, {torch.get_num_threads()} threads" if not on_cuda else "measured now",
+    )
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product that is large enough to be at full speed."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    b, out = a.clone(), torch.empty_like(a)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes/s of adding two tensors that no cache holds."""
+    size = 2**28 if device.type == "cuda" else 2**24
+    a = torch.ones(size, device=device)
+    b, out = torch.ones_like(a), torch.empty_like(a)
+    return 3 * a.nbytes / _seconds(lambda: torch.add(a, b, out=out), device)
+
+
+def _call_seconds(device: torch.device, num_calls: int = 300) -> float:
+    """Host time of one small operation, averaged over its forward and its backward pass."""
+    x = torch.ones(8, device=device, requires_grad=True)
+
+    def run() -> None:
+        y = x
+        for _ in range(num_calls):
+            y = y.sin()
+        y.sum().backward()
+
+    # Forward: one operation per call; backward: cosine and product.
+    return _seconds(run, device) / (3 * num_calls)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """Median; the first run is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free_memory() -> int:
+    """Bytes that a process could still get (Linux); elsewhere unknown and therefore not a limit."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return 2**63 - 1
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
