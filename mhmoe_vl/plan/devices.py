@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from mhmoe_vl.errors import ConfigError, suggest
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class Device:
     Attributes:
         kind: ``cuda`` or ``cpu``: decides precision and expert backend, as in training.
         matmul_flops: dense FLOP/s of matrix products, by dtype.
+        attention_flops: FLOP/s of fused attention, by dtype.
         memory_bandwidth: bytes/s, read and written together.
+        function_bandwidth: the same of operations that take exponentials or error functions; on a CPU these are bound
+            by arithmetic.
         memory: bytes.
         num_per_node: devices that ``intra_node_bandwidth`` joins.
         intra_node_bandwidth, inter_node_bandwidth: bytes/s of one device in one direction, inside a node and out of it;
@@ -37,7 +43,9 @@ class Device:
     name: str
     kind: str
     matmul_flops: Mapping[str, float]
+    attention_flops: Mapping[str, float]
     memory_bandwidth: float
+    function_bandwidth: float
     memory: int
     num_per_node: int
     intra_node_bandwidth: float | None
@@ -50,25 +58,34 @@ class Device:
 #: A judgement, not a measurement: no step of ours has been timed on these devices.
 _REACHED = 0.6
 
-#: Dense figures without sparsity, float32 without TF32 (torch's default). NVLink's published total is both directions;
-#: the network is that of NVIDIA's own eight-GPU machine.
+
+def _from_datasheet(
+    name: str,
+    bfloat16: float,
+    float32: float,
+    bandwidth: float,
+    memory: float,
+    link: float,
+    network: float,
+    source: str,
+) -> Device:
+    """An NVIDIA GPU in NVIDIA's own machine of eight: TFLOP/s, TB/s, GB, and GB/s in one direction."""
+    flops = {"bfloat16": 1e12 * bfloat16, "float32": 1e12 * float32}
+    return Device(
+        name, "cuda", flops, flops, 1e12 * bandwidth, 1e12 * bandwidth, int(1e9 * memory), 8, 1e9 * link, 1e9 * network,
+        None, _REACHED, source,
+    )  # fmt: skip
+
+
+#: Dense figures without sparsity, float32 without TF32 (torch's default). NVLink's published total is both directions.
 _DATASHEETS = (
     # NVIDIA H100 Tensor Core GPU datasheet, SXM; DGX H100: 8 x 400 Gb/s.
-    Device(
-        "h100", "cuda", {"bfloat16": 989e12, "float32": 67e12}, 3.35e12, 80 * 10**9, 8, 450e9, 50e9, None, _REACHED,
-        "NVIDIA H100 SXM and DGX H100 datasheets",
-    ),
+    _from_datasheet("h100", 989, 67, 3.35, 80, 450, 50, "NVIDIA H100 SXM and DGX H100 datasheets"),
     # NVIDIA H200 Tensor Core GPU datasheet, SXM; DGX H200: 8 x 400 Gb/s.
-    Device(
-        "h200", "cuda", {"bfloat16": 989e12, "float32": 67e12}, 4.8e12, 141 * 10**9, 8, 450e9, 50e9, None, _REACHED,
-        "NVIDIA H200 SXM and DGX H200 datasheets",
-    ),
+    _from_datasheet("h200", 989, 67, 4.8, 141, 450, 50, "NVIDIA H200 SXM and DGX H200 datasheets"),
     # NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM; DGX A100: 8 x 200 Gb/s.
-    Device(
-        "a100", "cuda", {"bfloat16": 312e12, "float32": 19.5e12}, 2.039e12, 80 * 10**9, 8, 300e9, 25e9, None, _REACHED,
-        "NVIDIA A100 80GB SXM and DGX A100 datasheets",
-    ),
-)  # fmt: skip
+    _from_datasheet("a100", 312, 19.5, 2.039, 80, 300, 25, "NVIDIA A100 80GB SXM and DGX A100 datasheets"),
+)
 DATASHEETS = {device.name: device for device in _DATASHEETS}
 NAMES = (*DATASHEETS, "cpu", "this")
 
@@ -96,41 +113,57 @@ def compute_dtype(precision: str, kind: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and kind == "cuda") else torch.float32
 
 
-def measure_device(device: torch.device, dtypes: Collection[torch.dtype]) -> Device:
-    """Ceilings of the device under this process, with its number of threads and whatever else is running."""
+def measure_device(device: torch.device, dtypes: Collection[torch.dtype], clock: Clock = time.perf_counter) -> Device:
+    """Ceilings of the device under this process, with its number of threads and whatever else is running.
+
+    Args:
+        clock: ``time.process_time`` leaves out what other processes take of a busy CPU; with one thread only.
+    """
     on_cuda = device.type == "cuda"
     return Device(
         name=torch.cuda.get_device_name(device) if on_cuda else "cpu",
         kind=device.type,
-        matmul_flops={str(d).removeprefix("torch."): measure_matmul(device, d) for d in dtypes},
-        memory_bandwidth=_bandwidth(device),
+        matmul_flops={_short(dtype): measure_matmul(device, dtype, clock) for dtype in dtypes},
+        attention_flops={_short(dtype): _attention(device, dtype, clock) for dtype in dtypes},
+        memory_bandwidth=_bandwidth(device, torch.neg, clock),
+        function_bandwidth=_bandwidth(device, nn.functional.gelu, clock),
         memory=torch.cuda.mem_get_info(device)[0] if on_cuda else _free_memory(),
         num_per_node=torch.cuda.device_count() if on_cuda else 1,
         intra_node_bandwidth=None,
         inter_node_bandwidth=None,
-        call_seconds=_call_seconds(device),
+        call_seconds=_call_seconds(device, clock),
         reached=1.0,
         source=f"measured now, {torch.get_num_threads()} threads" if not on_cuda else "measured now",
     )
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter) -> float:
     """FLOP/s of a matrix product that is large enough to be at full speed."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     b, out = a.clone(), torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device, clock)
 
 
-def _bandwidth(device: torch.device) -> float:
-    """Bytes/s of adding two tensors that no cache holds."""
-    size = 2**28 if device.type == "cuda" else 2**24
-    a = torch.ones(size, device=device)
-    b, out = torch.ones_like(a), torch.empty_like(a)
-    return 3 * a.nbytes / _seconds(lambda: torch.add(a, b, out=out), device)
+def _attention(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
+    """FLOP/s of forward and backward pass at the length of a 224-px image, heads 64 wide."""
+    shape = (64 if device.type == "cuda" else 4, 12, 197, 64)
+    query, key, value = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
+
+    def run() -> None:
+        nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    # Two products forward; five backward, the scores again among them.
+    return 7 * 2 * query.numel() * shape[2] / _seconds(run, device, clock)
 
 
-def _call_seconds(device: torch.device, num_calls: int = 300) -> float:
+def _bandwidth(device: torch.device, function: Callable[[Tensor], Tensor], clock: Clock) -> float:
+    """Bytes/s of an operation with a new result, on a tensor of the size that activations have."""
+    x = torch.ones(2**28 if device.type == "cuda" else 2**22, device=device)
+    return 2 * x.nbytes / _seconds(lambda: function(x), device, clock)
+
+
+def _call_seconds(device: torch.device, clock: Clock, num_calls: int = 300) -> float:
     """Host time of one small operation, averaged over its forward and its backward pass."""
     x = torch.ones(8, device=device, requires_grad=True)
 
@@ -141,24 +174,28 @@ def _call_seconds(device: torch.device, num_calls: int = 300) -> float:
         y.sum().backward()
 
     # Forward: one operation per call; backward: cosine and product.
-    return _seconds(run, device) / (3 * num_calls)
+    return _seconds(run, device, clock) / (3 * num_calls)
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, clock: Clock, repeats: int = 7) -> float:
     """Median; the first run is not counted."""
     seconds = []
     for _ in range(repeats + 1):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         _wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return statistics.median(seconds[1:])
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _free_memory() -> int:

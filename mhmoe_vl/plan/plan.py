@@ -201,7 +201,8 @@ def _too_large(draft: _Draft) -> str:
         if other.memory.total <= USABLE * device.memory:
             return f"{message}; fits with {_changes(draft, other)} ({gigabytes(other.memory.total)})"
         smallest = min(smallest, other.memory.total)
-    return f"{message}; nor with more micro-batches, checkpointing and fsdp (at least {gigabytes(smallest)}): use more ranks"
+    nothing = f"nor with more micro-batches, checkpointing and fsdp (at least {gigabytes(smallest)})"
+    return f"{message}; {nothing}: use more ranks"
 
 
 def _alternatives(config: RunConfig, layout: Layout) -> Iterator[RunConfig]:

@@ -277,13 +277,19 @@ class _Meter(TorchDispatchMode):
     def _count(
         self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> None:
-        formula = _FLOP_FORMULAS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        packet, device = func.overloadpacket, self.device
+        formula = _FLOP_FORMULAS.get(packet) or flop_registry.get(packet)
         flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
         floating = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), torch.float32)
-        ceilings = self.device.matmul_flops
-        ceiling = ceilings.get(str(floating).removeprefix("torch."), ceilings["float32"])
+        ceilings = device.attention_flops if "attention" in str(packet) else device.matmul_flops
+        arithmetic = flops / ceilings.get(str(floating).removeprefix("torch."), ceilings["float32"])
         traffic = sum(map(_num_bytes, inputs)) + sum(map(_num_bytes, outputs))
-        seconds = max(flops / ceiling, traffic / self.device.memory_bandwidth)
+        bandwidth = device.function_bandwidth if packet in _FUNCTIONS else device.memory_bandwidth
+        seconds = traffic / bandwidth
+        if packet in _HIDDEN_FUNCTIONS:
+            seconds += _HIDDEN_FUNCTIONS[packet](*args) / device.function_bandwidth
+        # A GPU computes while it loads. A CPU's products are blocked for its caches: what they stream adds up.
+        seconds = arithmetic + seconds if device.kind == "cpu" else max(arithmetic, seconds)
         self._work += Work(flops, seconds, 1)
 
     def _note(self, storage: torch.UntypedStorage, kind: str) -> None:
@@ -324,6 +330,25 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_mm,
 }
+
+
+aten = torch.ops.aten
+
+#: Bound by exponentials and error functions where memory is faster than these.
+_FUNCTIONS = {
+    aten.gelu, aten.gelu_backward, aten.silu, aten.silu_backward, aten._softmax, aten._log_softmax,
+}  # fmt: skip
+
+#: Bytes that functions inside an operation read and write, in cache: the activations of the CPU engine, one pass
+#: forward and two backward, where they are made again.
+_HIDDEN_FUNCTIONS: dict[Any, Callable[..., int]] = {
+    torch.ops.mhmoe_vl.segment_ffn: lambda rows, counts, w1, b1, w2, *_: _activation_bytes(rows, w1),
+    torch.ops.mhmoe_vl.segment_ffn_backward: lambda dy, rows, counts, w1, *_: 2 * _activation_bytes(rows, w1),
+}
+
+
+def _activation_bytes(rows: Tensor, w1: Tensor) -> int:
+    return 2 * rows.shape[0] * w1.shape[-1] * rows.element_size()
 
 
 def _replace_weights(module: nn.Module) -> None:
