@@ -42,6 +42,19 @@ def take_turns(
     return seconds
 
 
+def clock_named(name: str, device: torch.device) -> Callable[[], float]:
+    """``wall``, or ``process``: CPU time of this process, which other processes on a busy machine hardly change.
+
+    Raises:
+        SystemExit: CPU time means nothing on a GPU, and adds up over threads.
+    """
+    if name == "wall":
+        return time.perf_counter
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        raise SystemExit("error: --clock process: needs --device cpu and OMP_NUM_THREADS=1")
+    return time.process_time
+
+
 def saved_bytes(forward: Callable[[], object], module: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of ``forward()``, parameters of ``module`` not counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}

@@ -11,6 +11,7 @@ All models are in memory at once: name fewer kinds if they do not fit.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -21,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import draw_bars, paired_ratios, saved_bytes, take_turns, write_result
+from benchmarks.measure import clock_named, draw_bars, paired_ratios, saved_bytes, take_turns, write_result
 from mhmoe_vl.config import load_config
 from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.moe import KINDS
@@ -80,15 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: CPU time of one thread")
     parser.add_argument("--out", type=Path, help="JSON result file (default: benchmarks/results/train_DATE.json)")
     parser.add_argument("--set", nargs="*", default=["data.batch_size=24"], metavar="a.b=c", dest="overrides")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    clock = clock_named(args.clock, device)
     subjects = {kind: make_subject(kind_config(args, kind), device) for kind in args.kinds}
-    ceiling = measure_matmul(device, compute_dtype(args.dtype, device.type))
-    seconds = take_turns(
-        {kind: subject.step for kind, subject in subjects.items()}, repeats=args.repeats, device=device
-    )
+    ceiling = measure_matmul(device, compute_dtype(args.dtype, device.type), clock)
+    passes = {kind: subject.step for kind, subject in subjects.items()}
+    seconds = take_turns(passes, repeats=args.repeats, device=device, clock=clock)
     reference = seconds[args.kinds[0]]
     rows = [
         {"kind": kind, **_sizes(subject), **_speed(subject, seconds[kind], ceiling), **_memory(subject)}
@@ -143,7 +145,7 @@ def _speed(subject: Subject, seconds: list[float], ceiling: float) -> dict[str, 
     numbers = {
         source: sum(len(micro[source]) for micro in subject.micro_batches) for source in subject.micro_batches[0]
     }
-    median = sorted(seconds)[len(seconds) // 2]
+    median = statistics.median(seconds)
     flops = sum(3 * sample_cost(subject.task, samples[source]).forward_flops * n for source, n in numbers.items())
     images = sum(n * samples[source].num_sequences for source, n in numbers.items() if samples[source].num_image_tokens)
     return {

@@ -89,6 +89,11 @@ class Shards:
     units: tuple[int, ...]
     unpadded_units: tuple[int, ...]
 
+    @property
+    def padding(self) -> float:
+        """What is gathered over what is used; 1 if nothing is gathered."""
+        return sum(self.units) / sum(self.unpadded_units) if self.units else 1.0
+
 
 def shards_of(task: Task, layout: Layout) -> Shards:
     """What rank 0 keeps, by formula.

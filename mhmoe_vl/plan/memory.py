@@ -82,23 +82,31 @@ def parts_of(
 
 def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int) -> Memory:
     """Sum of states and of what a micro-batch keeps."""
+    states, gathered = states_and_gathered(shards)
     copies: dict[str, int] = {}
     for part in parts:
         copies[part.name] = max(copies.get(part.name, 0), part.trace.weight_copies)
-    gathered = 0
-    if shards.units:
-        *blocks, root = shards.units
-        gathered = 2 * _FLOAT * (root + 2 * max(blocks))
     return Memory(
-        weights=_FLOAT * shards.local,
-        gradients=_FLOAT * shards.local,
-        optimizer=_MOMENTS * shards.local,
+        **states,
         gathered=gathered,
         weight_copies=sum(copies.values()) + sum(part.trace.expert_copies for part in parts) // layout.expert_parallel,
         activations=sum(part.trace.kept for part in parts),
         temporary=max(part.trace.temporary for part in parts),
         all_to_all=all_to_all,
     )
+
+
+def states_and_gathered(shards: Shards) -> tuple[dict[str, int], int]:
+    """Bytes of weights, gradients and optimizer, and of what FSDP2 gathers: no number of samples changes these."""
+    states = {
+        "weights": _FLOAT * shards.local,
+        "gradients": _FLOAT * shards.local,
+        "optimizer": _MOMENTS * shards.local,
+    }
+    if not shards.units:
+        return states, 0
+    *blocks, root = shards.units
+    return states, 2 * _FLOAT * (root + 2 * max(blocks))
 
 
 def all_to_all_bytes(task: Task, samples: Mapping[str, Sample], shares: Mapping[str, int], value_bytes: int) -> int:

@@ -10,7 +10,7 @@ from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.plan.devices import Device, compute_dtype
 from mhmoe_vl.plan.layout import Layout, Shards, layout_of, really_shard, shards_of
-from mhmoe_vl.plan.memory import USABLE, Memory, Part, all_to_all_bytes, memory_of, parts_of
+from mhmoe_vl.plan.memory import USABLE, Memory, Part, all_to_all_bytes, memory_of, parts_of, states_and_gathered
 from mhmoe_vl.plan.timing import Communication, StepTime, communication_of, step_time
 from mhmoe_vl.plan.trace import Tracer, Work
 from mhmoe_vl.plan.workload import (
@@ -184,25 +184,29 @@ class _Draft:
 def _too_large(draft: _Draft) -> str:
     """By how much, what takes it, and the smallest change that fits."""
     memory, device = draft.memory, draft.device
+    limit = int(USABLE * device.memory)
     largest = max(asdict(memory).items(), key=lambda item: item[1])
     message = (
         f"does not fit: {gigabytes(memory.total)} per rank, but {device.name} has {gigabytes(device.memory)} of which "
-        f"{USABLE:.0%} may be planned; {gigabytes(memory.total - int(USABLE * device.memory))} too much "
+        f"{USABLE:.0%} may be planned; {gigabytes(memory.total - limit)} too much "
         f"(states {gigabytes(memory.states)}, {largest[0]} {gigabytes(largest[1])})"
     )
-    smallest = memory.total
     for candidate in _alternatives(draft.config, draft.layout):
-        layout = replace(
-            draft.layout,
-            strategy=chosen_strategy(candidate, draft.layout.world_size),
-            num_micro_batches=candidate.num_micro_batches,
-        )
+        strategy = chosen_strategy(candidate, draft.layout.world_size)
+        layout = replace(draft.layout, strategy=strategy, num_micro_batches=candidate.num_micro_batches)
+        states, gathered = states_and_gathered(shards_of(draft.task, layout))
+        if sum(states.values()) + gathered > limit:
+            continue  # without looking at activations, which takes longer
         other = _Draft(candidate, layout, device)
-        if other.memory.total <= USABLE * device.memory:
+        if other.memory.total <= limit:
             return f"{message}; fits with {_changes(draft, other)} ({gigabytes(other.memory.total)})"
-        smallest = min(smallest, other.memory.total)
-    nothing = f"nor with more micro-batches, checkpointing and fsdp (at least {gigabytes(smallest)})"
-    return f"{message}; {nothing}: use more ranks"
+    message += "; more micro-batches, checkpointing and fsdp are not enough: "
+    if draft.layout.strategy == "fsdp" and draft.shards.padding > 1.05:
+        return message + (
+            f"FSDP2 pads what it gathers {draft.shards.padding:.1f}-fold, since {draft.layout.world_size} ranks do not "
+            f"share {draft.config.model.ffn_shape.num_experts} experts evenly; use fewer ranks or --expert-parallel"
+        )
+    return message + "use more ranks"
 
 
 def _alternatives(config: RunConfig, layout: Layout) -> Iterator[RunConfig]:

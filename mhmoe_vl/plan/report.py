@@ -68,10 +68,9 @@ def _memory(plan: Plan) -> list[str]:
         + ", ".join(f"{how} {gigabytes(size)}" for how, size in plan.activations.items())
         + " per micro-batch"
     )
-    padding = sum(plan.shards.units) / max(1, sum(plan.shards.unpadded_units))
-    if padding > 1.05:
+    if plan.shards.padding > 1.05:
         lines.append(
-            f"  FSDP2 cuts stacks of experts along their number: what is gathered is padded {padding:.1f}-fold on "
+            f"  FSDP2 cuts stacks of experts along their number: what is gathered is padded {plan.shards.padding:.1f}-fold on "
             f"{plan.layout.world_size:,} ranks"
         )
     return lines
