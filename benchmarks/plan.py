@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import clock_named, saved_bytes, take_turns, write_result
-from benchmarks.train import Subject, kind_config, make_subject
+from benchmarks.train import kind_config, make_subject
 from mhmoe_vl.moe import KINDS
 from mhmoe_vl.plan.devices import compute_dtype, measure_device
 from mhmoe_vl.plan.plan import make_plan
@@ -72,16 +72,10 @@ def _compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "time_ratio_min": min(ratios),
         "time_ratio_max": max(ratios),
         "predicted_states": plan.memory.weights + plan.memory.optimizer,
-        "measured_states": _states_without_counters(subject),
+        "measured_states": subject.state_bytes(),
         "predicted_activations": plan.memory.activations + plan.memory.weight_copies,
         "measured_activations": saved_bytes(subject.forward, subject.task),
     }
-
-
-def _states_without_counters(subject: Subject) -> int:
-    """AdamW also keeps the number of steps of each parameter, a scalar."""
-    moments = [t for state in subject.optimizer.state.values() for name, t in state.items() if name != "step"]
-    return sum(tensor.nbytes for tensor in (*subject.task.parameters(), *moments))
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -68,8 +68,8 @@ class Subject:
             return self.task(self.micro_batches[0], totals, len(self.micro_batches))
 
     def state_bytes(self) -> int:
-        """Weights and optimizer."""
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        """Weights and AdamW's moments; its step counters, a scalar each, are left out."""
+        states = [t for state in self.optimizer.state.values() for name, t in state.items() if name != "step"]
         return sum(tensor.nbytes for tensor in (*self.task.parameters(), *states))
 
 

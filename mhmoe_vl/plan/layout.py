@@ -82,12 +82,14 @@ class Shards:
         units: what each unit of FSDP2 is padded to when it is gathered, the last (the root) included; empty if
             parameters are not sharded.
         unpadded_units: the same without padding.
+        most_padded: the parameter that padding makes largest, with its shape.
     """
 
     total: int
     local: int
     units: tuple[int, ...]
     unpadded_units: tuple[int, ...]
+    most_padded: str
 
     @property
     def padding(self) -> float:
@@ -100,12 +102,14 @@ def shards_of(task: Task, layout: Layout) -> Shards:
 
     FSDP2 cuts every parameter along its first dimension: of d rows, rank 0 of n gets ``ceil(d / n)``, and the gathered
     tensor is padded to n times as much. Experts are stacked along the first dimension, so that a pool of 40 on 1,024
-    ranks leaves one whole expert each on 40 of them, and is padded 25-fold.
+    ranks leaves one whole expert each on 40 of them, and is padded 25-fold; a table of positions ``[1, L, D]`` stays
+    whole on rank 0 and is padded 1,024-fold.
     """
     is_sharded = layout.strategy == "fsdp"
     units: defaultdict[str, int] = defaultdict(int)
     unpadded: defaultdict[str, int] = defaultdict(int)
-    total = local = 0
+    total = local = most = 0
+    most_padded = ""
     for name, parameter in task.named_parameters():
         size = parameter.numel()
         total += size
@@ -122,8 +126,10 @@ def shards_of(task: Task, layout: Layout) -> Shards:
         unit = ".".join(name.split(".")[:3]) if name.startswith("encoder.blocks.") else "root"
         units[unit] += num_shards * part
         unpadded[unit] += size
+        if num_shards * part - size > most:
+            most, most_padded = num_shards * part - size, f"{name} {list(parameter.shape)}"
     order: Sequence[str] = sorted(units, key=lambda unit: unit == "root")
-    return Shards(total, local, tuple(units[u] for u in order), tuple(unpadded[u] for u in order))
+    return Shards(total, local, tuple(units[u] for u in order), tuple(unpadded[u] for u in order), most_padded)
 
 
 def is_expert(name: str) -> bool:

@@ -203,8 +203,9 @@ def _too_large(draft: _Draft) -> str:
     message += "; more micro-batches, checkpointing and fsdp are not enough: "
     if draft.layout.strategy == "fsdp" and draft.shards.padding > 1.05:
         return message + (
-            f"FSDP2 pads what it gathers {draft.shards.padding:.1f}-fold, since {draft.layout.world_size} ranks do not "
-            f"share {draft.config.model.ffn_shape.num_experts} experts evenly; use fewer ranks or --expert-parallel"
+            f"FSDP2 cuts parameters along their first dimension, so that {draft.layout.world_size} ranks pad what they "
+            f"gather {draft.shards.padding:.1f}-fold (most of all {draft.shards.most_padded}); use fewer ranks or "
+            "--expert-parallel"
         )
     return message + "use more ranks"
 

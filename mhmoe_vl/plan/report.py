@@ -69,10 +69,10 @@ def _memory(plan: Plan) -> list[str]:
         + " per micro-batch"
     )
     if plan.shards.padding > 1.05:
-        lines.append(
-            f"  FSDP2 cuts stacks of experts along their number: what is gathered is padded {plan.shards.padding:.1f}-fold on "
-            f"{plan.layout.world_size:,} ranks"
-        )
+        lines += [
+            f"  FSDP2 cuts parameters along their first dimension: {plan.layout.world_size:,} ranks pad what they",
+            f"  gather {plan.shards.padding:.1f}-fold, most of all {plan.shards.most_padded}",
+        ]
     return lines
 
 
