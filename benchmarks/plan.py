@@ -60,6 +60,7 @@ def _compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
                 "predicted_seconds": plan.time.expected,
                 "measured_seconds": statistics.median(seconds),
                 "matmul_flops": dict(ceilings.matmul_flops),
+                "half_speed_width": ceilings.half_speed_width,
                 "attention_flops": dict(ceilings.attention_flops),
                 "memory_bandwidth": ceilings.memory_bandwidth,
                 "function_bandwidth": ceilings.function_bandwidth,

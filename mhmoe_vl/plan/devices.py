@@ -27,6 +27,8 @@ class Device:
     Attributes:
         kind: ``cuda`` or ``cpu``: decides precision and expert backend, as in training.
         matmul_flops: dense FLOP/s of matrix products, by dtype.
+        half_speed_width: narrowest side of a matrix product at which it reaches half of its ceiling: a side of n takes
+            ``1 + half_speed_width / n`` times as long. 0 where it was not measured.
         attention_flops: FLOP/s of fused attention, by dtype.
         memory_bandwidth: bytes/s, read and written together.
         function_bandwidth: the same of operations that take exponentials or error functions; on a CPU these are bound
@@ -43,6 +45,7 @@ class Device:
     name: str
     kind: str
     matmul_flops: Mapping[str, float]
+    half_speed_width: float
     attention_flops: Mapping[str, float]
     memory_bandwidth: float
     function_bandwidth: float
@@ -72,8 +75,8 @@ def _from_datasheet(
     """An NVIDIA GPU in NVIDIA's own machine of eight: TFLOP/s, TB/s, GB, and GB/s in one direction."""
     flops = {"bfloat16": 1e12 * bfloat16, "float32": 1e12 * float32}
     return Device(
-        name, "cuda", flops, flops, 1e12 * bandwidth, 1e12 * bandwidth, int(1e9 * memory), 8, 1e9 * link, 1e9 * network,
-        None, _REACHED, source,
+        name, "cuda", flops, 0.0, flops, 1e12 * bandwidth, 1e12 * bandwidth, int(1e9 * memory), 8,
+        1e9 * link, 1e9 * network, None, _REACHED, source,
     )  # fmt: skip
 
 
@@ -124,6 +127,7 @@ def measure_device(device: torch.device, dtypes: Collection[torch.dtype], clock:
         name=torch.cuda.get_device_name(device) if on_cuda else "cpu",
         kind=device.type,
         matmul_flops={_short(dtype): measure_matmul(device, dtype, clock) for dtype in dtypes},
+        half_speed_width=_half_speed_width(device, clock),
         attention_flops={_short(dtype): _attention(device, dtype, clock) for dtype in dtypes},
         memory_bandwidth=_bandwidth(device, torch.neg, clock),
         function_bandwidth=_bandwidth(device, nn.functional.gelu, clock),
@@ -140,9 +144,22 @@ def measure_device(device: torch.device, dtypes: Collection[torch.dtype], clock:
 def measure_matmul(device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter) -> float:
     """FLOP/s of a matrix product that is large enough to be at full speed."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    b, out = a.clone(), torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device, clock)
+    return _matmul(device, dtype, size, clock)
+
+
+def _half_speed_width(device: torch.device, clock: Clock, width: int = 64) -> float:
+    """From a float32 product with one narrow side, the width of sub-tokens, against one without."""
+    size = 8192 if device.type == "cuda" else 1024
+    whole, narrow = (_matmul(device, torch.float32, side, clock) for side in (size, width))
+    return max(0.0, width * (whole / narrow - 1))
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, width: int, clock: Clock) -> float:
+    """FLOP/s of ``[size, width] x [width, size]``."""
+    size = 8192 if device.type == "cuda" else 1024
+    a_SW = torch.randn(size, width, device=device).to(dtype)
+    b_WS, out_SS = a_SW.T.contiguous(), torch.empty(size, size, device=device, dtype=dtype)
+    return 2 * size * size * width / _seconds(lambda: torch.mm(a_SW, b_WS, out=out_SS), device, clock)
 
 
 def _attention(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:

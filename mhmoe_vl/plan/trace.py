@@ -12,6 +12,7 @@ Shape suffixes: B samples, L text tokens, N predictions, D width.
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -281,8 +282,11 @@ class _Meter(TorchDispatchMode):
         formula = _FLOP_FORMULAS.get(packet) or flop_registry.get(packet)
         flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
         floating = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), torch.float32)
-        ceilings = device.attention_flops if "attention" in str(packet) else device.matmul_flops
+        is_attention = "attention" in str(packet)
+        ceilings = device.attention_flops if is_attention else device.matmul_flops
         arithmetic = flops / ceilings.get(str(floating).removeprefix("torch."), ceilings["float32"])
+        if flops and not is_attention:
+            arithmetic *= 1 + device.half_speed_width / _narrowest(inputs)
         traffic = sum(map(_num_bytes, inputs)) + sum(map(_num_bytes, outputs))
         bandwidth = device.function_bandwidth if packet in _FUNCTIONS else device.memory_bandwidth
         seconds = traffic / bandwidth
@@ -370,6 +374,11 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _narrowest(inputs: Sequence[Tensor]) -> float:
+    """Shortest side of a product of matrices or of stacks of them; infinite for convolutions."""
+    return min((size for tensor in inputs if tensor.ndim in (2, 3) for size in tensor.shape[-2:]), default=math.inf)
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -46,9 +46,9 @@ def make_run(task: str = "pretrain", *, model: dict[str, Any] | None = None, **c
 def make_device(kind: str = "cpu", **changes: Any) -> Device:
     """1 GFLOP/s, 1 GB/s, 1 GB, two devices in a node, 0.1 GB/s inside and 0.01 GB/s outside."""
     fields: dict[str, Any] = {
-        "name": "toy", "kind": kind,
-        "matmul_flops": {"float32": 1e9, "bfloat16": 1e9}, "attention_flops": {"float32": 1e9, "bfloat16": 1e9},
-        "memory_bandwidth": 1e9, "function_bandwidth": 1e9, "memory": 10**9, "num_per_node": 2,
-        "intra_node_bandwidth": 1e8, "inter_node_bandwidth": 1e7, "call_seconds": None, "reached": 1.0, "source": "toy",
+        "name": "toy", "kind": kind, "matmul_flops": {"float32": 1e9, "bfloat16": 1e9}, "half_speed_width": 0.0,
+        "attention_flops": {"float32": 1e9, "bfloat16": 1e9}, "memory_bandwidth": 1e9, "function_bandwidth": 1e9,
+        "memory": 10**9, "num_per_node": 2, "intra_node_bandwidth": 1e8, "inter_node_bandwidth": 1e7,
+        "call_seconds": None, "reached": 1.0, "source": "toy",
     }  # fmt: skip
     return Device(**(fields | changes))

@@ -113,6 +113,14 @@ def test_time_is_arithmetic_or_traffic_on_a_gpu_and_their_sum_on_a_cpu() -> None
         assert trace.backward.flops == 2 * product
 
 
+def test_narrow_products_take_longer() -> None:
+    """The narrowest side of 10 x 32 x 24 is 10: half of a half-speed width of 20, so three times the time."""
+    config, device = make_run(), make_device("cuda", matmul_flops={"float32": 1.0}, half_speed_width=20.0)
+    head = build_task_without_files(config).mim_head
+    trace = Tracer(config.model, torch.float32, device).head(head, 10)  # type: ignore[arg-type]
+    assert trace.forward.seconds == pytest.approx(3 * 2 * 10 * 32 * 24, rel=1e-6)
+
+
 def test_functions_have_a_bandwidth_of_their_own() -> None:
     config, device = make_run(), make_device(function_bandwidth=1.0)
     head = build_task_without_files(config).mim_head
