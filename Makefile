@@ -27,9 +27,10 @@ check: install ## lint, types, import direction
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-bench: install ## time the layers of all kinds side by side, and the expert layer against its floor
+bench: install ## time layers of all kinds, the expert layer against its floor, and whole training steps
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.moe
+	$(BIN)/python -m benchmarks.train
 
 clean: ## remove the environment, runs and sample data
 	rm -rf $(VENV) runs data/quickstart

@@ -11,13 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from torch import Tensor, nn
 
 from mhmoe_vl.train.run_directory import environment
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
 
 def take_turns(
-    passes: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
+    passes: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each pass. All run once in each repeat, so that a busy machine slows all of them alike."""
     for run in passes.values():
@@ -26,11 +35,41 @@ def take_turns(
     for _ in range(repeats):
         for name, run in passes.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             _wait(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
+
+
+def clock_named(name: str, device: torch.device) -> Callable[[], float]:
+    """``wall``, or ``process``: CPU time of this process, which other processes on a busy machine hardly change.
+
+    Raises:
+        SystemExit: CPU time means nothing on a GPU, and adds up over threads.
+    """
+    if name == "wall":
+        return time.perf_counter
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        raise SystemExit("error: --clock process: needs --device cpu and OMP_NUM_THREADS=1")
+    return time.process_time
+
+
+def saved_bytes(forward: Callable[[], object], module: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of ``forward()``, parameters of ``module`` not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result  # only now may its memory be used, and counted, again
+    return sum(kept.values())
 
 
 def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
@@ -54,6 +93,18 @@ def write_result(path: Path, settings: Mapping[str, Any], results: Any) -> None:
         "results": results,
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)
+
+
+def draw_bars(path: Path, values: Mapping[str, float], *, ylabel: str) -> None:
+    """One bar for each name, and a line at 1."""
+    figure, axes = plt.subplots(figsize=(1 + len(values), 4))
+    axes.bar(list(values), list(values.values()))
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylabel(ylabel)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
     print(path)
 
 

@@ -122,7 +122,8 @@ def _shard(module: nn.Module, world: World, shard_units: Sequence[nn.Module]) ->
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor, src=0)
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    # The meta device, on which layouts are checked without memory, cannot have a mesh.
+    mesh = init_device_mesh("cpu" if world.device.type == "meta" else world.device.type, (world.world_size,))
     for unit in shard_units:
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -34,9 +34,8 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
     num_text = num_text_tokens if "text" in config.modalities else 0
     length = num_image + num_text
     dim, num_branches = config.dim, len(config.modalities)
-    attention_flops = 8 * dim * dim + 4 * length * dim
     attention_params = 4 * (dim * dim + dim) + (2 * dim if config.sub_ln else 0) + 2 * dim
-    params = active = flops = 0
+    params = active = 0
     for layer in range(config.depth):
         ffn = block_ffn_cost(config, sparse=config.is_sparse(layer))
         num_pools = 1 if config.is_sparse(layer) and config.moe.experts == "shared" else num_branches
@@ -45,7 +44,6 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
         # Norms before the feed-forward are one per modality.
         params += num_attentions * attention_params + num_pools * ffn.num_params + num_branches * 2 * dim
         active += attention_params + ffn.num_active_params + 2 * dim
-        flops += attention_flops + ffn.flops_per_token
     final_norms = num_branches * 2 * dim
     image_table = (3 * config.patch_size**2 + 1) * dim + (3 + config.num_patches) * dim if num_image else 0
     text_table = (config.vocab_size + config.max_text_length) * dim if "text" in config.modalities else 0
@@ -53,11 +51,18 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
     return EncoderCost(
         num_params=params + final_norms + image_table + text_table,
         num_active_params=active + 2 * dim + max(image_table, text_table),
-        flops_per_token=flops,
+        flops_per_token=blocks_flops_per_token(config, length),
         num_assignments_per_token=assignments,
         num_image_tokens=num_image,
         num_text_tokens=num_text,
     )
+
+
+def blocks_flops_per_token(config: ModelConfig, length: int) -> int:
+    """Forward FLOPs of all blocks for each token of a sequence of ``length`` tokens, image and text together."""
+    attention = 8 * config.dim**2 + 4 * length * config.dim
+    ffns = (block_ffn_cost(config, sparse=config.is_sparse(layer)).flops_per_token for layer in range(config.depth))
+    return config.depth * attention + sum(ffns)
 
 
 def block_ffn_cost(config: ModelConfig, *, sparse: bool) -> FfnCost:

@@ -113,13 +113,13 @@ def count_flops(run: Callable[[], Any]) -> int:
     decides how many rows an expert serves, shapes are what is counted: rows of padding and dropped choices count as
     if they were served. The ``loop`` backend alone has shapes that leave them out.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
     with counter:
         run()
     return counter.get_total_flops()
 
 
-def _grouped_mm_flops(a_shape: Sequence[int], b_shape: Sequence[int], *_: Any, **__: Any) -> int:
+def grouped_mm_flops(a_shape: Sequence[int], b_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """2-d by 3-d: rows are shared out over the groups. 2-d by 2-d: the inner dimension is. 3-d by 3-d: batched."""
     num_groups = a_shape[0] if len(a_shape) == 3 and len(b_shape) == 3 else 1
     return 2 * num_groups * a_shape[-2] * a_shape[-1] * b_shape[-1]

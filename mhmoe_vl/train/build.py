@@ -23,6 +23,7 @@ from mhmoe_vl.data.samples import (
 )
 from mhmoe_vl.data.stream import StreamSource
 from mhmoe_vl.data.text import TextTokenizer
+from mhmoe_vl.distributed.parallel import Strategy
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.embeddings import resize_positions
@@ -47,6 +48,7 @@ def build_task(config: RunConfig) -> Task:
     """
     torch.manual_seed(config.seed)
     model, task = config.model, config.task
+    codebook, num_answers = None, 0
     if isinstance(task, PretrainConfig):
         codebook = VisualCodebook.load(Path(task.visual_codebook))
         for name, found, wanted in (
@@ -57,12 +59,29 @@ def build_task(config: RunConfig) -> Task:
                 raise ConfigError(
                     f"model.{name}: {wanted}, but {task.visual_codebook} has {found}; set model.{name}={found}"
                 )
+    if isinstance(task, VqaConfig):
+        num_answers = len(load_answers(task.answers))
+    return assemble_task(config, codebook=codebook, num_answers=num_answers)
+
+
+def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int) -> Task:
+    """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA."""
+    model, task = config.model, config.task
+    if isinstance(task, PretrainConfig):
+        assert codebook is not None
         return PretrainTask(model, task, codebook)
     if isinstance(task, VqaConfig):
-        return VqaTask(model, task, num_answers=len(load_answers(task.answers)))
+        return VqaTask(model, task, num_answers=num_answers)
     if isinstance(task, Nlvr2Config):
         return Nlvr2Task(model, task)
     return CaptioningTask(model, task)
+
+
+def chosen_strategy(config: RunConfig, world_size: int) -> Strategy:
+    """How parameters are spread over ``world_size`` ranks."""
+    if config.strategy == "auto":
+        return "ddp" if world_size > 1 else "none"
+    return config.strategy
 
 
 def load_answers(path: str | Path) -> list[str]:

@@ -29,7 +29,7 @@ from mhmoe_vl.models.cost import EncoderCost, encoder_cost
 from mhmoe_vl.moe import RoutingStats
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
-from mhmoe_vl.train.build import build_dataset, build_plan, build_task, transfer_weights
+from mhmoe_vl.train.build import build_dataset, build_plan, build_task, chosen_strategy, transfer_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import MetricsWriter, ProgressBar
 from mhmoe_vl.train.optimizer import build_optimizer, build_schedule
@@ -64,7 +64,9 @@ def train(config: RunConfig, world: World) -> None:
     if world.is_main:
         run_directory.write_text(directory / run_directory.COST, json.dumps(asdict(cost), indent=2) + "\n")
         _announce(config, task, dataset, cost)
-    module = parallelize(task, strategy=_strategy(config, world), world=world, shard_units=task.encoder.shard_units())
+    module = parallelize(
+        task, strategy=chosen_strategy(config, world.world_size), world=world, shard_units=task.encoder.shard_units()
+    )
     optimizer = build_optimizer(task, config.optimizer)
     first_step = _resume(config, module, optimizer, plan, world)
     writer = MetricsWriter(directory, num_steps_done=first_step) if world.is_main else None
@@ -212,12 +214,6 @@ def expert_record(routing: dict[str, RoutingStats]) -> dict[str, Any]:
         "num_dead": {name: stats.num_dead for name, stats in routing.items()},
         "dropped": {name: float(s.num_dropped / s.load_E.sum().clamp_min(1)) for name, s in routing.items()},
     }
-
-
-def _strategy(config: RunConfig, world: World) -> Any:
-    if config.strategy == "auto":
-        return "ddp" if world.world_size > 1 else "none"
-    return config.strategy
 
 
 def _micro_batches(

@@ -1,0 +1,1 @@
+"""What a run will need and take, before anything runs: ``python -m mhmoe_vl.plan``."""

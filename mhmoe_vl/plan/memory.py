@@ -1,0 +1,120 @@
+"""Memory of the busiest rank, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from mhmoe_vl.plan.layout import Layout, Shards
+from mhmoe_vl.plan.trace import Trace, Tracer
+from mhmoe_vl.plan.workload import Sample, heads_of
+from mhmoe_vl.tasks.base import Task
+from mhmoe_vl.tasks.pretrain import PretrainTask
+
+#: Weights, gradients and gathered parameters are float32; AdamW keeps two moments of each weight.
+_FLOAT = 4
+_MOMENTS = 8
+
+#: Share of a device's memory that a plan may fill. The rest is for the context, the communication library and the
+#: allocator's fragmentation: a judgement, not a measurement.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the busiest rank when the backward pass begins, and a bound of what comes on top.
+
+    Attributes:
+        gathered: FSDP2: the root's parameters, two blocks' (one is computed, one is fetched), and as many gradients.
+        weight_copies: 16-bit copies of weights, whole also where the weights are sharded: autocast keeps them until
+            the forward pass of all sources ends, and every source casts the experts anew.
+        activations: kept for the backward pass of a micro-batch.
+        temporary: most that a single part needs on top of what is kept.
+        all_to_all: rows and results of one expert pool, as they are sent and received.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    weight_copies: int
+    activations: int
+    temporary: int
+    all_to_all: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A traced part of the model within the pass of one source; parts of one name share their weights."""
+
+    name: str
+    trace: Trace
+
+
+def parts_of(
+    task: Task, tracer: Tracer, samples: Mapping[str, Sample], shares: Mapping[str, int], *, checkpointed: bool
+) -> list[Part]:
+    """Everything that a micro-batch runs through, source by source."""
+    parts = []
+    for source, sample in samples.items():
+        number = shares[source]
+        parts.append(Part("embeddings", tracer.embeddings(sample, number)))
+        parts += [
+            Part(f"block{layer}", tracer.block(layer, sample, number, checkpointed=checkpointed))
+            for layer in range(task.config.depth)
+        ]
+        if isinstance(task, PretrainTask) and sample.num_image_tokens:
+            parts.append(Part("codes", tracer.visual_codes(number)))
+        parts += [
+            Part(f"head{num}", tracer.head(head, number * num_rows))
+            for num, (head, num_rows) in enumerate(heads_of(task, sample))
+        ]
+    return parts
+
+
+def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int) -> Memory:
+    """Sum of states and of what a micro-batch keeps."""
+    states, gathered = states_and_gathered(shards)
+    copies: dict[str, int] = {}
+    for part in parts:
+        copies[part.name] = max(copies.get(part.name, 0), part.trace.weight_copies)
+    return Memory(
+        **states,
+        gathered=gathered,
+        weight_copies=sum(copies.values()) + sum(part.trace.expert_copies for part in parts) // layout.expert_parallel,
+        activations=sum(part.trace.kept for part in parts),
+        temporary=max(part.trace.temporary for part in parts),
+        all_to_all=all_to_all,
+    )
+
+
+def states_and_gathered(shards: Shards) -> tuple[dict[str, int], int]:
+    """Bytes of weights, gradients and optimizer, and of what FSDP2 gathers: no number of samples changes these."""
+    states = {
+        "weights": _FLOAT * shards.local,
+        "gradients": _FLOAT * shards.local,
+        "optimizer": _MOMENTS * shards.local,
+    }
+    if not shards.units:
+        return states, 0
+    *blocks, root = shards.units
+    return states, 2 * _FLOAT * (root + 2 * max(blocks))
+
+
+def all_to_all_bytes(task: Task, samples: Mapping[str, Sample], shares: Mapping[str, int], value_bytes: int) -> int:
+    """Bytes that all sparse blocks send once per micro-batch: k rows of every token, in one direction.
+
+    MH-MoE sends h sub-tokens of width D / h for every token, so h does not matter.
+    """
+    config = task.config
+    num_sparse = sum(config.is_sparse(layer) for layer in range(config.depth))
+    num_tokens = sum(samples[source].num_tokens * number for source, number in shares.items())
+    return num_sparse * num_tokens * config.ffn_shape.top_k * config.dim * value_bytes

@@ -1,0 +1,196 @@
+"""What one rank computes per micro-batch: sequences, tokens, predictions and FLOPs of every source, and the task itself
+without the files that a run needs. All from the configuration; texts count at their full length.
+
+Shape suffixes: B samples, P patches, L text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_vl.data.batch import Batch
+from mhmoe_vl.data.masking import IGNORE
+from mhmoe_vl.data.plan import MixturePlan
+from mhmoe_vl.models.cost import blocks_flops_per_token
+from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.tasks.base import Task
+from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
+from mhmoe_vl.tasks.vqa import VqaConfig
+from mhmoe_vl.train.build import assemble_task, load_answers
+from mhmoe_vl.train.config import RunConfig
+
+#: Answers of VQAv2 seen at least nine times in training and validation: what a plan assumes without an answer list.
+NUM_VQA_ANSWERS = 3129
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a source on its way through the model.
+
+    Attributes:
+        num_sequences: passes through the encoder; NLVR2 has two images per sample.
+        num_image_tokens, num_text_tokens: of each sequence, class token included; 0 without image or text.
+        num_masked_patches, num_masked_tokens: predictions of visual codes and of text tokens.
+    """
+
+    num_sequences: int
+    num_image_tokens: int
+    num_text_tokens: int
+    num_masked_patches: int = 0
+    num_masked_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * (self.num_image_tokens + self.num_text_tokens)
+
+
+def samples_of(config: RunConfig) -> dict[str, Sample]:
+    """What a sample of each training source is."""
+    model, data, task = config.model, config.data, config.task
+    num_image = 1 + (0 if getattr(task, "blind", False) else model.num_patches)
+    num_text = data.text_length
+    masked_patches = round(data.image_mask_ratio * model.num_patches)
+    samples = {}
+    for name, source in data.train.items():
+        if isinstance(task, PretrainConfig):
+            samples[name] = {
+                "image": Sample(1, num_image, 0, masked_patches),
+                "text": Sample(1, 0, num_text, 0, _num_masked(data.text_mask_ratio, num_text - 2)),
+                "pair": Sample(
+                    1, num_image, num_text, masked_patches, _num_masked(data.pair_text_mask_ratio, num_text - 2)
+                ),
+            }[source.kind]
+        elif isinstance(task, CaptioningConfig):
+            # The end token may be hidden too.
+            samples[name] = Sample(1, num_image, num_text, 0, _num_masked(task.mask_ratio, num_text - 1))
+        else:
+            samples[name] = Sample(2 if task.kind == "nlvr2" else 1, num_image, num_text)
+    return samples
+
+
+def _num_masked(ratio: float, num_candidates: int) -> int:
+    """As :func:`mhmoe_vl.data.masking.mask_text` chooses."""
+    return max(1, round(ratio * num_candidates)) if ratio else 0
+
+
+def samples_per_step(config: RunConfig) -> dict[str, int]:
+    """Samples that each source gives to the first step, over all ranks (others differ by one).
+
+    Raises:
+        ConfigError: a source is too light to give a sample to every step.
+    """
+    sources = config.data.train
+    plan = MixturePlan(
+        num_items=dict.fromkeys(sources),
+        weights={name: source.weight for name, source in sources.items()},
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+    )
+    return {name: len(numbers) for name, numbers in plan.numbers(0).items()}
+
+
+def largest_share(config: RunConfig, *, world_size: int, num_micro_batches: int) -> dict[str, int]:
+    """Samples of each source in the largest micro-batch of the busiest rank."""
+    return {
+        name: math.ceil(math.ceil(number / num_micro_batches) / world_size)
+        for name, number in samples_per_step(config).items()
+    }
+
+
+def build_task_without_files(config: RunConfig, *, device: str = "meta") -> Task:
+    """The task of a run whose codebook need not exist; of an answer list that does not exist, VQAv2's length is taken.
+
+    On another device than ``meta``, weights and codes are random.
+    """
+    model, task = config.model, config.task
+    with torch.device(device):
+        codebook = None
+        if isinstance(task, PretrainConfig):
+            codes_KC = torch.rand(model.num_visual_codes, 3 * model.patch_size**2) * 2 - 1
+            codebook = VisualCodebook(codes_KC, model.patch_size)
+        num_answers = 0
+        if isinstance(task, VqaConfig):
+            num_answers = len(load_answers(task.answers)) if Path(task.answers).is_file() else NUM_VQA_ANSWERS
+        return assemble_task(config, codebook=codebook, num_answers=num_answers)
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """Matrix products of one sample, as in :mod:`mhmoe_vl.models.cost`.
+
+    Attributes:
+        forward_flops: of encoder and heads.
+        target_flops: of the visual codebook, which has no backward pass.
+    """
+
+    forward_flops: int
+    target_flops: int
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward pass, the latter at twice the former, and the targets; nothing that is recomputed."""
+        return 3 * self.forward_flops + self.target_flops
+
+
+def sample_cost(task: Task, sample: Sample) -> SampleCost:
+    """FLOPs of one sample."""
+    model = task.config
+    length = sample.num_image_tokens + sample.num_text_tokens
+    forward = sample.num_tokens * blocks_flops_per_token(model, length)
+    num_patches = max(0, sample.num_image_tokens - 1)
+    patch_size = 3 * model.patch_size**2
+    forward += sample.num_sequences * 2 * num_patches * patch_size * model.dim
+    forward += sum(num_rows * matrix_flops(head) for head, num_rows in heads_of(task, sample))
+    is_coded = isinstance(task, PretrainTask) and num_patches > 0
+    return SampleCost(forward, 2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0)
+
+
+def heads_of(task: Task, sample: Sample) -> list[tuple[nn.Module, int]]:
+    """Heads that a sample goes through, each with the number of its predictions."""
+    if isinstance(task, PretrainTask):
+        heads = [(task.mim_head, sample.num_masked_patches), (task.mlm_head, sample.num_masked_tokens)]
+        return [(head, rows) for head, rows in heads if rows]
+    rows = sample.num_masked_tokens or 1
+    return [(head, rows) for name, head in task.named_children() if name.endswith("_head")]
+
+
+def matrix_flops(module: nn.Module) -> int:
+    """FLOPs of a row through all linear layers of ``module``."""
+    return sum(2 * linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+
+
+def synthetic_batch(config: RunConfig, source: str, num_samples: int, *, num_answers: int = NUM_VQA_ANSWERS) -> Batch:
+    """Random samples of a source with exactly the shapes of :func:`samples_of`, on the default device and generator."""
+    model, sample = config.model, samples_of(config)[source]
+    task, num_patches = config.task, model.num_patches
+    has_image, has_text = sample.num_image_tokens > 0, sample.num_text_tokens > 0
+    text_ids = torch.randint(0, model.vocab_size, (num_samples, sample.num_text_tokens)) if has_text else None
+    image_size = (num_samples, 3, model.image_size, model.image_size)
+    targets = None
+    if text_ids is not None and sample.num_masked_tokens:
+        # Any but <s>; the exact places do not change the work.
+        hidden_BL = nn.functional.pad(_chosen(num_samples, text_ids.shape[1] - 1, sample.num_masked_tokens), (1, 0))
+        targets = torch.where(hidden_BL, text_ids, IGNORE)
+    return Batch(
+        sample_ids=tuple(f"{source}-{number}" for number in range(num_samples)),
+        seed=torch.randint(0, 2**62, (num_samples,)),
+        image=torch.randint(0, 256, image_size, dtype=torch.uint8) if has_image else None,
+        right_image=torch.randint(0, 256, image_size, dtype=torch.uint8) if sample.num_sequences == 2 else None,
+        image_mask=_chosen(num_samples, num_patches, sample.num_masked_patches) if sample.num_masked_patches else None,
+        text_ids=text_ids,
+        text_valid=None if text_ids is None else torch.ones_like(text_ids, dtype=torch.bool),
+        text_targets=targets,
+        answer_scores=torch.rand(num_samples, num_answers) if task.kind == "vqa" else None,
+        label=torch.randint(0, 2, (num_samples,)) if task.kind == "nlvr2" else None,
+    )
+
+
+def _chosen(num_rows: int, num_columns: int, num_chosen: int) -> Tensor:
+    """Bool ``[rows, columns]`` with ``num_chosen`` in each row, at random."""
+    return torch.rand(num_rows, num_columns).argsort(-1).argsort(-1) < num_chosen

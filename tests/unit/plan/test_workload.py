@@ -1,0 +1,85 @@
+"""What a rank computes, against batches, counters, and the order of the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mhmoe_vl.data.plan import MixturePlan
+from mhmoe_vl.data.samples import PatchMasking
+from mhmoe_vl.moe import count_flops
+from mhmoe_vl.plan.workload import (
+    NUM_VQA_ANSWERS,
+    build_task_without_files,
+    largest_share,
+    matrix_flops,
+    sample_cost,
+    samples_of,
+    synthetic_batch,
+)
+from tests.unit.plan.builders import TASKS, make_run
+
+
+def test_samples_by_hand() -> None:
+    samples = samples_of(make_run())
+    assert (samples["image"].num_tokens, samples["text"].num_tokens, samples["pair"].num_tokens) == (17, 14, 31)
+    # 0.4 of 16 patches; 0.15 and 0.5 of the 12 tokens between <s> and </s>.
+    assert [samples[kind].num_masked_patches for kind in ("image", "text", "pair")] == [6, 0, 6]
+    assert [samples[kind].num_masked_tokens for kind in ("image", "text", "pair")] == [0, 2, 6]
+    assert samples_of(make_run("nlvr2"))["nlvr2"].num_tokens == 2 * 31
+    # 0.7 of 13: the end token may be hidden too.
+    assert samples_of(make_run("captioning"))["pair"].num_masked_tokens == 9
+
+
+def test_patches_are_masked_as_in_training() -> None:
+    masks = PatchMasking(4, 0.4)(np.random.default_rng(0))
+    assert int(masks.sum()) == samples_of(make_run())["image"].num_masked_patches
+
+
+@pytest.mark.parametrize("task_kind", TASKS)
+@pytest.mark.parametrize("ffn", ["dense", "xmoe", "mhmoe"])
+def test_flops_are_what_a_counter_sees(task_kind: str, ffn: str) -> None:
+    """The whole forward pass on random batches; on CPU the fused attention is invisible to the counter."""
+    config = make_run(task_kind, model={"ffn": ffn})
+    task = build_task_without_files(config, device="cpu")
+    for source, sample in samples_of(config).items():
+        batch = synthetic_batch(config, source, 3)
+        totals = task.num_targets([{source: batch}])
+        with sdpa_kernel(SDPBackend.MATH):
+            counted = count_flops(lambda batch=batch, source=source, totals=totals: task({source: batch}, totals))
+        cost = sample_cost(task, sample)
+        assert counted == 3 * (cost.forward_flops + cost.target_flops)
+        assert cost.training_flops == 3 * cost.forward_flops + cost.target_flops
+
+
+@pytest.mark.parametrize("task_kind", TASKS)
+def test_random_batches_ask_for_the_predictions_of_a_sample(task_kind: str) -> None:
+    config = make_run(task_kind)
+    task = build_task_without_files(config, device="cpu")
+    for source, sample in samples_of(config).items():
+        targets = sum(task.num_targets([{source: synthetic_batch(config, source, 5)}]).values())
+        per_sample = sample.num_masked_patches + sample.num_masked_tokens
+        assert targets == 5 * (per_sample or 1)
+
+
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1, 1), (2, 1), (3, 2), (5, 1)])
+def test_the_busiest_rank(world_size: int, num_micro_batches: int) -> None:
+    """Against the order of the data, rank by rank."""
+    config = make_run(data={"batch_size": 30})
+    plan = MixturePlan(dict.fromkeys(config.data.train), dict.fromkeys(config.data.train, 1.0), 30, 0)
+    parts = [
+        plan.micro_batch(0, index=index, num_micro_batches=num_micro_batches, rank=rank, world_size=world_size)
+        for index in range(num_micro_batches)
+        for rank in range(world_size)
+    ]
+    expected = {source: max(len(part[source]) for part in parts) for source in config.data.train}
+    assert largest_share(config, world_size=world_size, num_micro_batches=num_micro_batches) == expected
+
+
+def test_no_file_is_needed() -> None:
+    task = build_task_without_files(make_run("vqa"))
+    assert {parameter.device for parameter in task.parameters()} == {torch.device("meta")}
+    # Class token: pooler 32 x 32, 32 x 64, and the answers.
+    assert matrix_flops(task.vqa_head) == 2 * (32 * 32 + 32 * 64 + 64 * NUM_VQA_ANSWERS)  # type: ignore[arg-type]
