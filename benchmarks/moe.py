@@ -2,31 +2,31 @@
 
 The expert layer against its floor: two matmuls of the same FLOPs, ``dim x 4 dim`` and ``4 dim x dim``, into memory that
 is there already. Every backend of ours and every peer does the same work, head and merge layers included, in the same
-run, taking turns; figures are medians of paired ratios to the floor. Writes a table, a JSON file and a picture.
+run, taking turns; figures are medians of paired ratios to the floor. Beside the time stands what autograd keeps for the
+backward pass. Writes a table, a JSON file and a picture.
 
-A cell is ``dim,num_experts,top_k,ffn_dim``. A subject that cannot run is left out, with the reason.
+A cell is ``dim,num_experts,top_k,ffn_dim``. ``--skew 3`` gives one expert of our layers three times the mean load. A
+subject that cannot run is left out, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import paired_ratios, take_turns, write_result
-from benchmarks.peers import gshard, hugging_face
-from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from benchmarks.measure import clock_named, paired_ratios, saved_bytes, take_turns, write_result
+from benchmarks.peers import gshard, hugging_face, soft_moe, torchscale_xmoe
+from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, routing_stats
 
 Pass = Callable[[], object]
 
@@ -40,21 +40,44 @@ class Cell(NamedTuple):
     ffn_dim: int
 
 
-#: ``MultiHeadMoE`` with each backend, then the peers.
-SUBJECTS: dict[str, Callable[[Cell, int], nn.Module]] = {
+class Work(NamedTuple):
+    """A cell, and what is done with it."""
+
+    cell: Cell
+    num_heads: int
+    num_tokens: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Arguments of the peers."""
+        return self.cell.dim, self.cell.ffn_dim, self.cell.num_experts, self.num_heads, self.cell.top_k
+
+
+def _ours(work: Work, backend: str) -> nn.Module:
+    dim, ffn_dim, num_experts, num_heads, top_k = work.sizes
+    return MultiHeadMoE(dim, ffn_dim, num_experts, num_heads, top_k, backend=backend)
+
+
+def _smoe(work: Work) -> nn.Module:
+    """A quarter as many experts, four times as large at h = 4: the same parameters and FLOPs, rows of whole tokens."""
+    dim, ffn_dim, num_experts, num_heads, top_k = work.sizes
+    width = 4 * dim // top_k
+    return MoE(dim, width, max(top_k, round(num_experts * ffn_dim / (num_heads * width))), top_k)
+
+
+#: ``MultiHeadMoE`` with each backend, the layers that it is compared with, then the peers.
+SUBJECTS: dict[str, Callable[[Work], nn.Module]] = {
     **{
-        f"mhmoe {backend}": lambda cell, heads, backend=backend: MultiHeadMoE(
-            cell.dim, cell.ffn_dim, cell.num_experts, heads, cell.top_k, backend=backend
-        )
+        f"mhmoe {backend}": lambda work, backend=backend: _ours(work, backend)
         for backend in ("auto", "loop", "segments", "grouped_mm", "fused")
     },
-    "smoe auto": lambda cell, heads: MoE(cell.dim, 4 * cell.dim // cell.top_k, cell.num_experts, cell.top_k),
-    "dense": lambda cell, heads: FeedForward(cell.dim, 4 * cell.dim),
-    "transformers eager": lambda cell, heads: hugging_face(cell.dim, cell.ffn_dim, cell.num_experts, heads, cell.top_k),
-    "transformers grouped_mm": lambda cell, heads: hugging_face(
-        cell.dim, cell.ffn_dim, cell.num_experts, heads, cell.top_k, implementation="grouped_mm"
-    ),
-    "gshard einsum": lambda cell, heads: gshard(cell.dim, cell.ffn_dim, cell.num_experts, heads, cell.top_k),
+    "smoe auto": _smoe,
+    "dense": lambda work: FeedForward(work.cell.dim, 4 * work.cell.dim),
+    "transformers eager": lambda work: hugging_face(*work.sizes),
+    "transformers grouped_mm": lambda work: hugging_face(*work.sizes, implementation="grouped_mm"),
+    "torchscale xmoe": lambda work: torchscale_xmoe(*work.sizes, num_tokens=work.num_tokens),
+    "gshard einsum": lambda work: gshard(*work.sizes),
+    "soft-moe": lambda work: soft_moe(*work.sizes, num_tokens=work.num_tokens),
 }
 
 
@@ -64,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", type=_cell, default=[Cell(768, 8, 1, 2304), Cell(768, 32, 2, 1152)])
     parser.add_argument("--num-tokens", type=int, default=4096)
     parser.add_argument("--num-heads", type=int, default=4)
+    parser.add_argument("--skew", type=float, help="load of the first expert of our layers, over the mean")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--subjects", nargs="+", choices=tuple(SUBJECTS), default=list(SUBJECTS), metavar="NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: for busy machines")
     parser.add_argument("--out", type=Path, help="JSON result file (default: benchmarks/results/moe_DATE.json)")
     args = parser.parse_args(argv)
     results = [
@@ -88,28 +113,54 @@ def _cell(text: str) -> Cell:
 
 def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(args.device)
-    x_TD = torch.randn(args.num_tokens, cell.dim, device=device, dtype=dtype)
+    work = Work(cell, args.num_heads, args.num_tokens)
+    x_TD = torch.randn(work.num_tokens, cell.dim, device=device, dtype=dtype)
     floor = _floor(x_TD)
     forward, both = {"floor": floor[0]}, {"floor": floor[1]}
     results: list[dict[str, Any]] = []
     shared = {**cell._asdict(), "dtype": str(dtype).removeprefix("torch.")}
+    facts: dict[str, dict[str, float]] = {"floor": {}}
     for name in args.subjects:
         try:
-            passes = _passes(SUBJECTS[name](cell, args.num_heads).to(device, dtype), x_TD)
+            layer = SUBJECTS[name](work).to(device, dtype)
+            facts[name] = _skew(layer, x_TD, args.skew)
+            passes = _passes(layer, x_TD)
+            facts[name]["kept_mb"] = saved_bytes(lambda layer=layer: layer(x_TD), layer) / 1e6
             passes[1]()
-        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             results.append({**shared, "subject": name, "skipped": " ".join(str(error).split())[:160]})
         else:
             forward[name], both[name] = passes
+    clock = clock_named(args.clock, device)
     for what, passes_of in (("forward", forward), ("forward + backward", both)):
-        seconds = take_turns(passes_of, repeats=args.repeats, device=device)
+        seconds = take_turns(passes_of, repeats=args.repeats, device=device, clock=clock)
         reference = seconds["floor"]
         results += [
-            {**shared, "pass": what, "subject": name, **paired_ratios(times, reference)}
+            {**shared, "pass": what, "subject": name, **paired_ratios(times, reference), **facts[name]}
             for name, times in seconds.items()
         ]
     _show(cell, results, args)
     return results
+
+
+def _skew(layer: nn.Module, x_TD: Tensor, skew: float | None) -> dict[str, float]:
+    """Give the first expert ``skew`` times the mean load by its selection bias; the largest load over the mean."""
+    if not isinstance(layer, MoE | MultiHeadMoE):
+        return {}
+    router = layer.router if isinstance(layer, MoE) else layer.moe.router
+
+    def loads() -> Tensor:
+        with torch.no_grad():
+            return routing_stats(layer(x_TD)[1]).load_E.double()
+
+    if skew is not None:
+        low, high = -1.0, 1.0
+        for _ in range(12):
+            router.selection_bias_E[0] = (low + high) / 2
+            load_E = loads()
+            low, high = ((low + high) / 2, high) if load_E[0] < skew * load_E.mean() else (low, (low + high) / 2)
+    load_E = loads()
+    return {"max_load": float(load_E.max() / load_E.mean())}
 
 
 def _floor(x_TD: Tensor) -> tuple[Pass, Pass]:
@@ -156,15 +207,18 @@ def _passes(layer: nn.Module, x_TD: Tensor) -> tuple[Pass, Pass]:
 def _show(cell: Cell, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     title = f"{cell}, {results[-1]['dtype']}, {args.num_tokens} tokens, {args.num_heads} heads, {args.device}"
     table = Table(title=title, title_justify="left")
-    for column in ("subject", "pass", "ms", "ratio to the floor (min to max)"):
+    for column in ("subject", "pass", "ms", "ratio to the floor (min to max)", "kept MB", "largest load"):
         table.add_column(column, justify="left" if column in ("subject", "pass") else "right")
     for row in results:
         if "skipped" in row:
             table.add_row(row["subject"], "left out", "", row["skipped"])
         else:
             ratio = f"{row['median_ratio']:.2f} ({row['min_ratio']:.2f} to {row['max_ratio']:.2f})"
-            table.add_row(row["subject"], row["pass"], f"{row['median_ms']:.1f}", ratio)
-    Console().print(table)
+            kept = f"{row['kept_mb']:.0f}" if "kept_mb" in row and row["pass"] != "forward" else ""
+            load = f"{row['max_load']:.2f}" if "max_load" in row else ""
+            table.add_row(row["subject"], row["pass"], f"{row['median_ms']:.1f}", ratio, kept, load)
+    # Where the width of the terminal is unknown, rich takes 80 columns: too few.
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 def _draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -1,13 +1,16 @@
 """Other people's expert layers on the same work: sub-tokens between our head and merge layers.
 
-Each function returns a module or raises ImportError. Adding a peer: write one more, and name it in ``benchmarks.moe``.
+Each function returns a module or raises an error that says why it cannot. Adding a peer: write one more, and name it in
+``benchmarks.moe``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +52,72 @@ def gshard(dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int)
     return OnSubTokens(dim, num_heads, _GShard(dim // num_heads, ffn_dim, num_experts, top_k))
 
 
+def soft_moe(dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int, *, num_tokens: int) -> nn.Module:
+    """Phil Wang's soft-moe-pytorch (arXiv 2308.00951), with as many slots as there are choices: every slot is a mixture
+    of all rows, so dispatch and combination cost N^2."""
+    from soft_moe_pytorch import SoftMoE
+
+    num_rows, width = num_tokens * num_heads, dim // num_heads
+    block = SoftMoE(
+        width,
+        num_experts=num_experts,
+        num_slots=max(1, num_rows * top_k // num_experts),
+        expert_mult=ffn_dim / width,
+        offload_unused_experts_to_cpu=False,
+    )
+    return OnSubTokens(dim, num_heads, block)
+
+
+def torchscale_xmoe(
+    dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int, *, num_tokens: int
+) -> nn.Module:
+    """torchscale's X-MoE layer: cosine router, capacity 1.0 (top-1) or 2.0 (top-2), drops. Without tutel, which the
+    registry does not have, it dispatches by products with one-hot tensors."""
+    from torchscale.component.feedforward_network import make_experts
+    from torchscale.component.xmoe import moe_layer, routing
+
+    if top_k > 2:
+        raise ValueError(f"torchscale has gates for one and two choices, not {top_k}")
+    if not moe_layer.has_tutel:
+        _refuse_one_hot(num_tokens * num_heads)
+    if not dist.is_initialized():
+        # It asks for the size of its groups.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    width = dim // num_heads
+    args = SimpleNamespace(
+        moe_expert_count=num_experts,
+        ddp_rank=0,
+        activation_fn="gelu",
+        dropout=0.0,
+        activation_dropout=0.0,
+        layernorm_eps=1e-5,
+        subln=False,
+    )
+    gate = routing.Top1Gate if top_k == 1 else routing.Top2Gate
+    layer = moe_layer.MOELayer(gate(width, num_experts, use_xmoe=True), make_experts(args, width, ffn_dim), args)
+    return OnSubTokens(dim, num_heads, _Torchscale(layer))
+
+
+class _Torchscale(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Its figures call histc on integers, which the CPU does not have.
+        original = torch.histc
+        torch.histc = lambda t, *args, **kwargs: original(t.float(), *args, **kwargs)
+        try:
+            return self.layer(x)[0]
+        finally:
+            torch.histc = original
+
+
+def _refuse_one_hot(num_rows: int) -> None:
+    if num_rows > 4096:
+        raise RuntimeError("one-hot dispatch of more than 4,096 rows takes gigabytes and minutes")
+
+
 class _GShard(nn.Module):
     def __init__(self, width: int, ffn_dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -59,8 +128,7 @@ class _GShard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x[0]
-        if x_ND.shape[0] > 4096:
-            raise RuntimeError("one-hot dispatch of more than 4,096 rows takes gigabytes and minutes")
+        _refuse_one_hot(x_ND.shape[0])
         probs_NE = self.router(x_ND).softmax(-1)
         capacity = int(1.25 * self.top_k * x_ND.shape[0] / self.num_experts)
         weight_NK, expert_NK = probs_NE.topk(self.top_k, dim=-1)

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import moe
 from benchmarks.measure import paired_ratios
+from mhmoe_vl.moe import MultiHeadMoE, routing_stats
 
 
 def test_every_subject_is_timed_or_left_out_with_a_reason(
@@ -24,10 +26,25 @@ def test_every_subject_is_timed_or_left_out_with_a_reason(
     assert timed >= {"floor", "mhmoe auto", "mhmoe loop", "mhmoe segments", "smoe auto", "dense", "gshard einsum"}
     assert timed | left_out.keys() == {"floor", *moe.SUBJECTS}
     assert "CUDA" in left_out["mhmoe fused"]
+    kept = {
+        row["subject"]: row["kept_mb"]
+        for row in result["results"]
+        if row.get("pass") == "forward + backward" and row["subject"] != "floor"
+    }
+    assert 0 < kept["mhmoe segments"] < kept["mhmoe loop"]
     assert {"processor", "num_threads"} <= result["hardware"].keys()
     assert result["environment"]["git_commit"]
     assert out.with_suffix(".svg").stat().st_size > 1000
     assert "ratio to the floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("skew", [1.0, 3.0])
+def test_skew_gives_one_expert_a_multiple_of_the_mean_load(skew: float) -> None:
+    layer = MultiHeadMoE(32, 24, 8, 4)
+    figures = moe._skew(layer, torch.randn(512, 32), skew)
+    assert figures["max_load"] >= 0.9 * skew
+    load_E = routing_stats(layer(torch.randn(512, 32))[1]).load_E.double()
+    assert float(load_E[0] / load_E.mean()) == pytest.approx(skew, rel=0.2)
 
 
 def test_ratios_are_paired() -> None:
