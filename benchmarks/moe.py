@@ -155,7 +155,7 @@ def _skew(layer: nn.Module, x_TD: Tensor, skew: float | None) -> dict[str, float
 
     if skew is not None:
         low, high = -1.0, 1.0
-        for _ in range(12):
+        for _ in range(20):
             router.selection_bias_E[0] = (low + high) / 2
             load_E = loads()
             low, high = ((low + high) / 2, high) if load_E[0] < skew * load_E.mean() else (low, (low + high) / 2)
