@@ -80,7 +80,7 @@ class MoE(nn.Module):
         if valid is not None:
             routing = routing.replace(valid_N=valid.reshape(-1))
         assignment = self.dispatcher.assign(routing)
-        if self.experts.backend == "fused":
+        if self.experts.backend == "fused" and self.dispatcher.is_local:
             y_ND = self.experts.mix(x_ND, assignment)
         else:
             rows_AD = self.dispatcher.dispatch(x_ND, assignment)
@@ -91,7 +91,10 @@ class MoE(nn.Module):
 
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """Which backend tokens on ``device`` of ``dtype`` take, and why."""
-        return self.experts.explain(device, dtype)
+        backend, reason = self.experts.explain(device, dtype)
+        if backend == "fused" and not self.dispatcher.is_local:
+            reason += "; rows come from other ranks, so gather, weights and scatter stay outside the kernel"
+        return BackendChoice(backend, reason)
 
     def extra_repr(self) -> str:
         return f"dispatcher={self.dispatcher!r}, inner_residual={self.inner_residual}"

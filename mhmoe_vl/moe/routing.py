@@ -157,8 +157,8 @@ class CosineRouter(_Router):
         self.initial_temperature = 0.3 if gate == "softmax" else 0.07
         self.projection_DR = nn.Parameter(torch.empty(dim, self.router_dim))
         self.embedding_ER = nn.Parameter(torch.empty(num_experts, self.router_dim))
-        # Learned as a logarithm, so that it stays positive.
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        # Learned as a logarithm, so that it stays positive. One element and not a scalar, which FSDP2 cannot shard.
+        self.log_temperature = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
