@@ -26,6 +26,8 @@ class MoEConfig(Config):
         every: every n-th block is sparse.
         experts: one pool per modality, or one pool shared by both.
         router: ``linear`` or ``cosine``; None is what the kind means.
+        num_experts_multiple: derived numbers of experts are rounded to a multiple of this, so that expert-parallel
+            degrees divide them. A property of the model, which is the same on any number of processes.
         balance_weight, z_weight: weights of the auxiliary losses.
         selection_bias_rate: rate of loss-free balancing; 0 turns it off.
     """
@@ -38,6 +40,7 @@ class MoEConfig(Config):
     every: Positive = 2
     experts: Literal["per_modality", "shared"] = "per_modality"
     router: Literal["linear", "cosine"] | None = None
+    num_experts_multiple: Positive = 1
     gate: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = False
     inner_residual: bool = False
@@ -97,6 +100,12 @@ class ModelConfig(Config):
                     f"{shape.params_mismatch:+.1%}); change moe.num_heads, moe.choices, moe.num_experts or ffn_dim, "
                     "or set moe.match=none"
                 )
+            multiple = self.moe.num_experts_multiple
+            if shape.num_experts % multiple:
+                raise ValueError(
+                    f"moe.num_experts_multiple: {multiple} does not divide the {shape.num_experts} experts that ffn="
+                    f"{self.ffn} with moe.match={self.moe.match} takes from moe.num_experts; set that to a multiple"
+                )
         return self
 
     @property
@@ -116,6 +125,7 @@ class ModelConfig(Config):
             self.moe.choices,
             self.moe.match,
             self.glu,
+            num_experts_multiple=self.moe.num_experts_multiple,
         )
 
     @property

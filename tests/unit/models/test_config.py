@@ -30,6 +30,7 @@ SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "ffn_dim": 256, "ffn": "dense"}
         ({"ffn": "smoe", "moe": {"top_k": 9}}, "reference_top_k=9 must lie between 1 and reference_num_experts=8"),
         ({"ffn": "mhmoe", "moe": {"num_heads": 7}}, "num_heads=7 must divide dim=64"),
         ({"ffn": "mhmoe", "ffn_dim": 64}, "use a wider reference"),
+        ({"ffn": "smoe", "moe": {"num_experts_multiple": 3}}, "num_experts_multiple: 3 does not divide the 8 experts"),
         ({"ffn": "mhmoe", "moe": {"num_heads": 64}}, "moe: no sizes match the reference SMoE within 2 %"),
     ],
 )
@@ -59,3 +60,13 @@ def test_the_router_that_a_kind_means() -> None:
         "mhmoe": "linear",
     }
     assert make_config("mhmoe", moe={"router": "cosine"}).router == "cosine"
+
+
+def test_derived_numbers_of_experts_are_rounded_for_expert_parallelism() -> None:
+    sizes = {"dim": 768, "depth": 2, "num_heads": 12, "ffn_dim": 3072, "ffn": "mhmoe"}
+    exact, rounded = (
+        validate_config(ModelConfig, sizes | {"moe": {"num_experts_multiple": multiple}}).ffn_shape
+        for multiple in (1, 8)
+    )
+    assert (exact.num_experts, rounded.num_experts) == (41, 40)
+    assert rounded.is_matched
