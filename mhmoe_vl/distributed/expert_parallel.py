@@ -41,9 +41,9 @@ def spread_experts(module: nn.Module, *, degree: int, world: World) -> None:
     """
     layers = [part for part in module.modules() if isinstance(part, MoE)]
     if not layers:
-        raise ConfigError(f"expert_parallel={degree} needs layers with experts, and this model has none")
+        raise ConfigError(f"expert_parallel: {degree} needs layers with experts, and this model has none")
     for layer in layers:
-        require_divisor("expert_parallel", degree, "number of experts", layer.experts.num_experts)
+        require_divisor(degree, "experts", layer.experts.num_experts)
     mesh = init_device_mesh(world.device.type, (world.world_size // degree, degree), mesh_dim_names=("dp", "ep"))
     for layer in layers:
         layer.dispatcher = ExpertParallelDispatcher(layer.dispatcher, mesh.get_group("ep"))
@@ -54,12 +54,18 @@ def spread_experts(module: nn.Module, *, degree: int, world: World) -> None:
         fully_shard(layer.experts, mesh=mesh["dp"])
 
 
-def require_divisor(name: str, divisor: int, what: str, number: int) -> None:
-    """Raise a ConfigError that names the nearest values that would do, unless ``divisor`` divides ``number``."""
-    if number % divisor:
-        divisors = [d for d in range(1, number + 1) if number % d == 0]
-        nearest = [*(d for d in divisors if d < divisor)][-1:] + [*(d for d in divisors if d > divisor)][:1]
-        raise ConfigError(f"{name}: {divisor} must divide the {what}, {number}; use {' or '.join(map(str, nearest))}")
+def require_divisor(degree: int, what: str, number: int) -> None:
+    """Raise a ConfigError that names the nearest degrees that would do, unless ``degree`` divides ``number``."""
+    if number % degree:
+        nearest = nearest_divisors(number, degree)
+        raise ConfigError(f"expert_parallel: {degree} must divide the number of {what}, {number}; use {nearest}")
+
+
+def nearest_divisors(number: int, degree: int) -> str:
+    """The divisors of ``number`` next to ``degree``, as ``2 or 4``."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    nearest = [d for d in divisors if d < degree][-1:] + [d for d in divisors if d > degree][:1]
+    return " or ".join(map(str, nearest))
 
 
 class ExpertParallelDispatcher:

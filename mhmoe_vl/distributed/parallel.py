@@ -59,8 +59,8 @@ def parallelize(
     if strategy == "none" and world.world_size > 1:
         raise ConfigError(f"parallel strategy: 'none' needs one process, not {world.world_size}; use ddp or fsdp")
     if expert_parallel > 1 and strategy != "fsdp":
-        raise ConfigError(f"expert_parallel={expert_parallel} needs strategy=fsdp, not {strategy}")
-    require_divisor("expert_parallel", expert_parallel, "number of processes", world.world_size)
+        raise ConfigError(f"expert_parallel: {expert_parallel} needs strategy=fsdp, not '{strategy}'")
+    require_divisor(expert_parallel, "processes", world.world_size)
     module.to(world.device)
     if strategy == "none" or not dist.is_initialized():
         return module
@@ -84,6 +84,11 @@ def accumulating(module: nn.Module, *, is_last: bool) -> Iterator[None]:
     defer = isinstance(module, DistributedDataParallel) and not is_last
     with module.no_sync() if defer else nullcontext():  # type: ignore[operator]
         yield
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and
+            # nothing then puts away what was gathered: the module would show parameters without gradients.
+            part.reshard()
 
 
 def clip_grad_norm(module_or_parameters: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:

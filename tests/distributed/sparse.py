@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mhmoe_vl.distributed.collectives import all_reduce_sum
-from mhmoe_vl.distributed.parallel import parallelize
+from mhmoe_vl.distributed.parallel import accumulating, parallelize
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.moe import MoE, MultiHeadMoE, balance_loss, expert_load, z_loss
 
@@ -99,11 +99,17 @@ def inputs_of(case: Case, rank: int) -> tuple[Tensor, Tensor | None, Tensor]:
     return x_TD.to(case.dtype), valid_T, probe_TD
 
 
-def on_one_process(case: Case) -> Outcome:
-    """The step of one process that has the tokens of all ranks."""
+def inputs_of_all(case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Tokens, mask and probe of all ranks in a row."""
     parts = [inputs_of(case, rank) for rank in range(len(case.tokens))]
     x_TD, probe_TD = (torch.cat([part[i] for part in parts]) for i in (0, 2))
     valid_T = None if case.valid is None else torch.cat([part[1] for part in parts if part[1] is not None])
+    return x_TD, valid_T, probe_TD
+
+
+def on_one_process(case: Case) -> Outcome:
+    """The step of one process that has the tokens of all ranks."""
+    x_TD, valid_T, probe_TD = inputs_of_all(case)
     stack = Stack(case)
     outputs, loss = stack(x_TD.requires_grad_(), valid_T, probe_TD)
     loss.backward()
@@ -119,8 +125,9 @@ def on_ranks(case: Case, world: World, degree: int) -> Outcome:
                 parameter.add_(1.0)
     parallelize(stack, strategy="fsdp", world=world, shard_units=[*stack.layers], expert_parallel=degree)
     x_TD, valid_T, probe_TD = inputs_of(case, world.rank)
-    outputs, loss = stack(x_TD.requires_grad_(), valid_T, probe_TD)
-    loss.backward()
+    with accumulating(stack, is_last=True):
+        outputs, loss = stack(x_TD.requires_grad_(), valid_T, probe_TD)
+        loss.backward()
     return Outcome(outputs.detach(), all_reduce_sum(loss), x_TD.grad, whole_gradients(stack))
 
 
