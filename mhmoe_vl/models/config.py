@@ -20,8 +20,8 @@ class MoEConfig(Config):
 
     Attributes:
         num_experts, top_k: E0 and k0 of the reference SMoE, whose experts are ``model.ffn_dim`` wide.
-        num_heads: sub-tokens per token of ``mhmoe``.
-        choices: k of ``mhmoe`` (per sub-token) and ``fine_grained``.
+        num_heads: sub-tokens per token of ``mhmoe`` and ``mhmoe_head_parallel``.
+        choices: k of these (per sub-token) and of ``fine_grained``.
         match: what is held equal to the reference: ``flops`` (and parameters), ``params``, or ``none``.
         every: every n-th block is sparse.
         experts: one pool per modality, or one pool shared by both.
@@ -71,7 +71,7 @@ class ModelConfig(Config):
     max_text_length: Positive = 1024
     num_visual_codes: Positive = 8192
     modalities: tuple[Modality, ...] = MODALITIES
-    ffn: Literal["dense", "smoe", "xmoe", "fine_grained", "mhmoe"] = "mhmoe"
+    ffn: Literal["dense", "smoe", "xmoe", "fine_grained", "mhmoe", "mhmoe_head_parallel"] = "mhmoe"
     moe: MoEConfig = MoEConfig()
     glu: bool = False
     sub_ln: bool = True
@@ -91,6 +91,8 @@ class ModelConfig(Config):
             raise ValueError(f"vl_ffn_layers={self.vl_ffn_layers} exceeds depth={self.depth}")
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"modalities={self.modalities} must name 'vision', 'text' or both, once each")
+        if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
+            raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":
             shape = self.ffn_shape
             if self.moe.match == "flops" and not shape.is_matched:

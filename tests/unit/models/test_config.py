@@ -23,7 +23,7 @@ SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "ffn_dim": 256, "ffn": "dense"}
         ({"modalities": []}, "modalities=() must name 'vision', 'text' or both, once each"),
         ({"modalities": ["text", "text"]}, "modalities=('text', 'text') must name"),
         ({"modalities": ["sound"]}, "modalities.0: 'sound': Input should be 'vision' or 'text'"),
-        ({"ffn": "moe"}, "ffn: 'moe': Input should be 'dense', 'smoe', 'xmoe', 'fine_grained' or 'mhmoe'"),
+        ({"ffn": "moe"}, "ffn: 'moe': Input should be 'dense', 'smoe', 'xmoe', 'fine_grained', 'mhmoe' or"),
         ({"depth": 0}, "depth: 0: Input should be greater than 0"),
         ({"drop_path": 1.0}, "drop_path: 1.0: Input should be less than 1"),
         ({"moe": {"num_expert": 4}}, "moe.num_expert: unknown key (did you mean 'num_experts'?)"),
@@ -31,6 +31,14 @@ SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "ffn_dim": 256, "ffn": "dense"}
         ({"ffn": "mhmoe", "moe": {"num_heads": 7}}, "num_heads=7 must divide dim=64"),
         ({"ffn": "mhmoe", "ffn_dim": 64}, "use a wider reference"),
         ({"ffn": "smoe", "moe": {"num_experts_multiple": 3}}, "num_experts_multiple: 3 does not divide the 8 experts"),
+        (
+            {"ffn": "mhmoe_head_parallel", "moe": {"router": "cosine"}},
+            "moe.router: 'cosine' has no form per head; ffn=mhmoe_head_parallel needs 'linear'",
+        ),
+        (
+            {"ffn": "mhmoe_head_parallel", "moe": {"num_experts": 6, "match": "none"}},
+            "num_heads=4 must divide num_experts=6: each head has experts of its own",
+        ),
         ({"ffn": "mhmoe", "moe": {"num_heads": 64}}, "moe: no sizes match the reference SMoE within 2 %"),
     ],
 )
