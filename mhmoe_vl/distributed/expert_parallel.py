@@ -20,38 +20,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import ConfigError
-from mhmoe_vl.moe import Dispatcher, MoE, Routing
+from mhmoe_vl.moe import Dispatcher, DroplessDispatcher, MoE, MultiHeadMoE, Routing
 from mhmoe_vl.moe.dispatch import Assignment
 from mhmoe_vl.moe.experts import autocast_rows
+from mhmoe_vl.moe.routing import PerHeadRouter
 
 
 def spread_experts(module: nn.Module, *, degree: int, world: World) -> None:
     """Keep ``1 / degree`` of the experts of every layer in ``module`` on each rank, sharded by FSDP2 over the remaining
     ranks. Parameters must be equal on all ranks; they become DTensors under the same names.
 
+    Layers whose heads have experts of their own exchange heads, all others rows that are already routed.
+
     Raises:
-        ConfigError: ``degree`` does not divide the number of experts, or there are none.
+        ConfigError: ``degree`` does not divide the number of experts (of heads, where these have experts of their own),
+            there are no experts, or heads are exchanged and their experts have a capacity.
     """
-    layers = [part for part in module.modules() if isinstance(part, MoE)]
-    if not layers:
+    by_heads = [p for p in module.modules() if isinstance(p, MultiHeadMoE) and p.pools == "per_head"]
+    by_rows = [p for p in module.modules() if isinstance(p, MoE) and all(p is not layer.moe for layer in by_heads)]
+    if not by_heads and not by_rows:
         raise ConfigError(f"expert_parallel: {degree} needs layers with experts, and this model has none")
-    for layer in layers:
-        require_divisor(degree, "experts", layer.experts.num_experts)
+    for layer in by_heads:
+        require_divisor(degree, "heads", layer.num_heads)
+        if not isinstance(layer.moe.dispatcher, DroplessDispatcher):
+            raise ConfigError(f"expert_parallel: {degree} exchanges whole heads, which cannot have a capacity_factor")
+    for moe in by_rows:
+        require_divisor(degree, "experts", moe.experts.num_experts)
     mesh = init_device_mesh(world.device.type, (world.world_size // degree, degree), mesh_dim_names=("dp", "ep"))
-    for layer in layers:
-        layer.dispatcher = ExpertParallelDispatcher(layer.dispatcher, mesh.get_group("ep"))
-        for name, parameter in list(layer.experts.named_parameters()):
+    for layer in by_heads:
+        layer.exchange_heads = HeadExchange(layer.num_heads, mesh.get_group("ep"))
+        assert isinstance(layer.moe.router, PerHeadRouter)
+        layer.moe.router.first_head = layer.num_heads // degree * mesh.get_local_rank("ep")
+        _spread(layer.moe, mesh)
+    for moe in by_rows:
+        moe.dispatcher = ExpertParallelDispatcher(moe.dispatcher, mesh.get_group("ep"))
+        _spread(moe.experts, mesh)
+
+
+def _spread(owner: nn.Module, mesh: DeviceMesh) -> None:
+    for part in owner.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
             # Each rank cuts out its own slice.
             slices = distribute_tensor(parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
-            layer.experts.register_parameter(name, nn.Parameter(slices))
-        fully_shard(layer.experts, mesh=mesh["dp"])
+            part.register_parameter(name, nn.Parameter(slices))
+    fully_shard(owner, mesh=mesh["dp"])
 
 
 def require_divisor(degree: int, what: str, number: int) -> None:
@@ -106,6 +125,51 @@ class ExpertParallelDispatcher:
 
     def __repr__(self) -> str:
         return f"ExpertParallelDispatcher({self.dispatcher!r}, num_ranks={self.group.size()})"
+
+
+class HeadExchange:
+    """Sends the sub-tokens of each head to the rank that owns the head, before they are routed, and their outputs back
+    (Head Parallel, arXiv 2602.04870).
+
+    Every rank gets the same share of all sub-tokens, whatever the routing and however many experts each of them
+    chooses. Scores come back with the outputs, so that a rank knows the routing of its own tokens.
+
+    Args:
+        num_heads: of a token; rank r of the group owns the r-th block of them.
+        group: ranks among which heads are spread, in order.
+    """
+
+    def __init__(self, num_heads: int, group: dist.ProcessGroup) -> None:
+        self.num_heads, self.group = num_heads, group
+
+    def __call__(self, moe: MoE, sub_ND: Tensor, valid_N: Tensor | None) -> tuple[Tensor, Routing]:
+        """``moe(sub_ND, valid_N)`` as if ``moe``, which has this rank's heads, had all of them."""
+        num_ranks, num_tokens = self.group.size(), sub_ND.shape[0] // self.num_heads
+        heads_here = self.num_heads // num_ranks
+        sent_R = torch.full((num_ranks,), num_tokens, device=sub_ND.device)
+        received_R = torch.empty_like(sent_R)
+        dist.all_to_all_single(received_R, sent_R, group=self.group)
+        exchange = RowExchange(self.group, [num_tokens] * num_ranks, received_R.tolist())
+
+        def to_owners(rows_ND: Tensor) -> Tensor:
+            """From one row per head to one row per head of this rank, of the tokens of all ranks."""
+            width = rows_ND.shape[1]
+            by_rank = rows_ND.reshape(num_tokens, num_ranks, heads_here * width).transpose(0, 1).flatten(0, 1)
+            return _Send.apply(by_rank, exchange).view(-1, width)
+
+        def to_tokens(rows_BD: Tensor) -> Tensor:
+            width = rows_BD.shape[1]
+            by_rank = _SendBack.apply(rows_BD.reshape(-1, heads_here * width), exchange)
+            return by_rank.view(num_ranks, num_tokens, heads_here * width).transpose(0, 1).reshape(-1, width)
+
+        valid_B = None if valid_N is None else to_owners(valid_N[:, None])[:, 0]
+        y_BD, routing_here = moe(to_owners(sub_ND), valid_B)
+        logits_NE = to_tokens(routing_here.logits_NE)
+        assert isinstance(moe.router, PerHeadRouter)
+        routing = moe.router.choose(logits_NE.view(num_tokens, self.num_heads, logits_NE.shape[1]))
+        if valid_N is not None:
+            routing = routing.replace(valid_N=valid_N, kept_NK=valid_N[:, None].expand_as(routing.experts_NK))
+        return to_tokens(y_BD), routing
 
 
 @dataclass(frozen=True)

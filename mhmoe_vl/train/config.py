@@ -152,6 +152,18 @@ class RunConfig(Config):
             raise ValueError(f"expert_parallel: {degree} needs strategy=fsdp (or auto), not '{self.strategy}'")
         if model.ffn == "dense":
             raise ValueError(f"expert_parallel: {degree} needs experts, and model.ffn is dense; use expert_parallel=1")
+        if model.ffn == "mhmoe_head_parallel":
+            if model.moe.num_heads % degree:
+                nearest = nearest_divisors(model.moe.num_heads, degree)
+                raise ValueError(
+                    f"expert_parallel: {degree} must divide the {model.moe.num_heads} heads (model.moe.num_heads) that "
+                    f"{model.ffn} spreads over processes; use {nearest}"
+                )
+            if model.moe.capacity_factor is not None:
+                raise ValueError(
+                    f"expert_parallel: {degree} exchanges whole heads, which cannot have a capacity; use "
+                    "model.moe.capacity_factor=null"
+                )
         num_experts = model.ffn_shape.num_experts
         if num_experts % degree:
             is_derived = model.moe.match == "flops" and model.ffn not in ("smoe", "xmoe")

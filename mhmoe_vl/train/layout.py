@@ -20,7 +20,10 @@ def describe_layout(config: RunConfig, world_size: int) -> str:
     line = f"layout: {world_size} process{'es' if world_size > 1 else ''}, strategy {strategy_of(config, world_size)}"
     if config.expert_parallel > 1:
         degree, num_experts = config.expert_parallel, config.model.ffn_shape.num_experts
-        line += f", the {num_experts} experts of each pool spread over {degree} ({num_experts // degree} on each)"
+        what = f"{num_experts} experts"
+        if config.model.ffn == "mhmoe_head_parallel":
+            what = f"{config.model.moe.num_heads} heads with their {what}"
+        line += f", the {what} of each pool spread over {degree} ({num_experts // degree} experts on each)"
         if world_size > degree:
             line += f" and sharded once more over {world_size // degree}"
     return line

@@ -8,9 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +41,7 @@ from tests.unit.moe.conftest import mended_interpreter  # noqa: F401
 from tests.unit.tasks.builders import make_micro_batch, make_task, take
 
 ONE_PROCESS = World(0, 1, 0, torch.device("cpu"))
+PER_HEAD = {"pools": "per_head", "num_experts": 12}
 CASES: dict[str, Case] = {
     "uneven tokens": Case([5, 2, 7, 1]),
     "whole tokens": Case([5, 2, 7, 1], num_heads=None),
@@ -59,6 +62,17 @@ CASES: dict[str, Case] = {
     "nothing but padding": Case([5, 2, 7, 1], valid=0.0),
     "experts that dp does not divide": Case([5, 2, 7, 1], options={"num_experts": 12, "top_k": 2}),
     "one expert per rank": Case([5, 2, 7, 1], num_heads=4),
+    "heads": Case([5, 2, 7, 1], num_heads=4, options=PER_HEAD),
+    "heads with everything": Case(
+        [5, 2, 7, 1],
+        num_heads=4,
+        options=PER_HEAD | {"top_k": 2, "glu": True, "renormalize": True, "inner_residual": True},
+        valid=0.6,
+    ),
+    "heads, all sub-tokens of the second on one expert": Case([5, 2, 7, 1], 4, PER_HEAD | {"bias": False}, favoured=4),
+    "heads, only the last rank has tokens": Case([0, 0, 0, 9], 4, PER_HEAD | {"top_k": 2}),
+    "heads, no tokens at all": Case([0, 0, 0, 0], 4, PER_HEAD, valid=0.5),
+    "heads, nothing but padding": Case([5, 2, 7, 1], 4, PER_HEAD, valid=0.0),
     "loop": Case([5, 2, 7, 1], options={"backend": "loop", "top_k": 2}, valid=0.7),
 }
 # Backends that have no float64.
@@ -67,6 +81,7 @@ FLOAT32_CASES = {
         [5, 2, 7, 1], options={"backend": "grouped_mm", "ffn_dim": 8, "top_k": 2}, num_heads=1, valid=0.7
     ),
     "fused": Case([2, 0, 3, 1], options={"backend": "fused", "top_k": 2}, valid=0.7),
+    "heads, fused": Case([2, 0, 3, 1], 4, PER_HEAD | {"backend": "fused"}, valid=0.7),
 }
 LAYOUTS = [(2, 2), (4, 2), (4, 4)]
 
@@ -98,12 +113,14 @@ def test_float32_and_its_backends() -> None:
 
 
 def random_case(rng: random.Random, world_size: int, degree: int) -> Case:
-    num_heads = rng.choice([None, 1, 2, 4])
-    num_experts = degree * rng.randint(1, 4)
+    num_heads = rng.choice([None, 1, 2, 4, 4, 4])
+    is_per_head = num_heads == 4 and rng.random() < 0.7
+    num_experts = (4 if is_per_head else degree) * rng.randint(1, 4)
     options: dict[str, Any] = {
         "num_experts": num_experts,
-        "top_k": rng.randint(1, min(3, num_experts)),
+        "top_k": rng.randint(1, min(3, num_experts // 4 if is_per_head else num_experts)),
         "ffn_dim": rng.randint(1, 6),
+        # A sub-token of width 2 has too few cosines to be without ties.
         "router": rng.choice(["linear", "cosine"]) if num_heads != 4 else "linear",
         "gate": rng.choice(["softmax", "sigmoid"]),
         "renormalize": rng.random() < 0.5,
@@ -112,6 +129,8 @@ def random_case(rng: random.Random, world_size: int, degree: int) -> Case:
         "bias": rng.random() < 0.5,
         "backend": rng.choice(["auto", "loop"]),
     }
+    if is_per_head:
+        options["pools"] = "per_head"
     return Case(
         tokens=[rng.choice([0, 0, 1, 2, rng.randint(3, 12)]) for _ in range(world_size)],
         num_heads=num_heads,
@@ -176,10 +195,11 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
+@pytest.mark.parametrize("options", [{"num_experts": 12, "top_k": 2}, PER_HEAD | {"top_k": 2}], ids=["rows", "heads"])
 @pytest.mark.parametrize(("world_size", "degree"), LAYOUTS)
-def test_clipped_adamw_steps_equal_one_process(world_size: int, degree: int) -> None:
+def test_clipped_adamw_steps_equal_one_process(world_size: int, degree: int, options: dict[str, Any]) -> None:
     """Weights, moments, and the one global norm over shards on two meshes."""
-    case = on(Case([5, 0, 7, 1], options={"top_k": 2, "num_experts": 12}, valid=0.8), world_size)
+    case = on(Case([5, 0, 7, 1], 4, options, valid=0.8), world_size)
 
     def on_rank(world: World) -> dict[str, Tensor]:
         stack = Stack(case)
@@ -211,11 +231,15 @@ def test_experts_are_sharded_over_all_ranks_and_the_state_dict_keeps_its_keys() 
                 assert size == (2, *whole_sizes[name][1:]), name
 
 
-SAVED_BY, LOADED_BY = [(1, 1), (2, 2), (4, 2)], [(1, 1), (4, 2), (4, 4)]
+#: Number of ranks, and over how many of them experts are spread.
+SAVED_BY, LOADED_BY = [(2, 2), (4, 2)], [(1, 1), (4, 4)]
 
 
-def test_a_checkpoint_of_any_layout_loads_into_any_other_and_training_goes_on(tmp_path: Path) -> None:
-    case = Case([6], options={"num_experts": 12, "top_k": 2})
+@pytest.mark.parametrize("options", [{"num_experts": 12, "top_k": 2}, PER_HEAD], ids=["rows", "heads"])
+def test_a_checkpoint_of_any_layout_loads_into_any_other_and_training_goes_on(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    case = Case([6], 4, options)
 
     def start(world: World, degree: int, seed: int) -> tuple[Stack, torch.optim.AdamW]:
         stack = Stack(replace(case, seed=seed))
@@ -281,6 +305,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "shared and joint pools": {"ffn": "mhmoe", "vl_ffn_layers": 1, "moe": {"experts": "shared"}},
     "recomputed": {"ffn": "mhmoe", "vl_ffn_layers": 1, "checkpoint_activations": True},
     "recomputed whole tokens": {"ffn": "xmoe", "checkpoint_activations": True},
+    "recomputed heads": {
+        "ffn": "mhmoe_head_parallel",
+        "vl_ffn_layers": 1,
+        "checkpoint_activations": True,
+        "moe": {"experts": "shared"},
+    },
 }
 
 
@@ -337,6 +367,46 @@ def test_selection_bias_moves_alike_on_all_ranks() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_traffic_of_heads_depends_on_neither_routing_nor_number_of_choices() -> None:
+    """Bytes that each rank sends and receives in a forward pass; for rows that are already routed they grow with k."""
+
+    def traffic(case: Case, world: World) -> list[tuple[int, int]]:
+        stack = Stack(case)
+        parallelize(stack, strategy="fsdp", world=world, expert_parallel=4)
+        sizes: list[tuple[int, int]] = []
+        exchange = dist.all_to_all_single
+
+        def counted(received: Tensor, sent: Tensor, *arguments: Any, **options: Any) -> None:
+            sizes.append((sent.nbytes, received.nbytes))
+            exchange(received, sent, *arguments, **options)
+
+        with mock.patch.object(dist, "all_to_all_single", counted), torch.no_grad():
+            stack(*inputs_of(case, world.rank))
+        return sizes
+
+    def cases(options: dict[str, Any]) -> list[Case]:
+        return [
+            Case([6] * 4, 4, options | {"num_experts": 16, "top_k": top_k}, favoured=favoured)
+            for top_k in (1, 2, 3)
+            for favoured in (None, 0)
+        ]
+
+    def both(world: World) -> tuple[list[Any], list[Any]]:
+        rows, heads = ([traffic(case, world) for case in cases(options)] for options in ({}, {"pools": "per_head"}))
+        return rows, heads
+
+    found = run_ranks(both, 4)
+    of_heads = [sizes for _, heads in found for sizes in heads]
+    assert all(sizes == of_heads[0] for sizes in of_heads)
+    # A count per rank; rows of 8 and scores of 16 values in float64; twice.
+    assert of_heads[0] == [(4 * 8, 4 * 8), (6 * 8 * 8, 6 * 8 * 8), (6 * 16 * 8, 6 * 16 * 8), (6 * 8 * 8, 6 * 8 * 8)] * 2
+    of_rows = [
+        sum(received for sizes in of_ranks for _, received in sizes)
+        for of_ranks in zip(*(rows for rows, _ in found), strict=True)
+    ]
+    assert of_rows[0] < of_rows[2] < of_rows[4]
+
+
 def test_the_fused_backend_says_what_stays_outside_its_kernel() -> None:
     layer = MultiHeadMoE(DIM, 6, 4, 2, backend="fused")
     assert layer.explain("cuda") == ("fused", "asked for")
@@ -368,7 +438,9 @@ def test_impossible_layouts_are_refused(
 def test_models_that_cannot_be_spread_are_refused() -> None:
     def refusals(world: World) -> list[str]:
         messages = []
-        for module in (Stack(Case([1], options={"num_experts": 9})), nn.Linear(3, 3)):
+        capped = MultiHeadMoE(DIM, 6, 4, 2, pools="per_head", capacity_factor=1.0)
+        one_head = MultiHeadMoE(DIM, 6, 4, 1, pools="per_head")
+        for module in (Stack(Case([1], options={"num_experts": 9})), nn.Linear(3, 3), one_head, capped):
             with pytest.raises(ConfigError) as refused:
                 parallelize(module, strategy="fsdp", world=world, expert_parallel=2)
             messages.append(str(refused.value))
@@ -377,4 +449,6 @@ def test_models_that_cannot_be_spread_are_refused() -> None:
     assert run_ranks(refusals, 2)[1] == [
         "expert_parallel: 2 must divide the number of experts, 9; use 1 or 3",
         "expert_parallel: 2 needs layers with experts, and this model has none",
+        "expert_parallel: 2 must divide the number of heads, 1; use 1",
+        "expert_parallel: 2 exchanges whole heads, which cannot have a capacity_factor",
     ]

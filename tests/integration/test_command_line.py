@@ -96,6 +96,24 @@ MISTAKES: dict[str, tuple[Change, int, str]] = {
         64,
         "expert_parallel: 2 needs strategy=fsdp (or auto), not 'ddp'",
     ),
+    "heads that cannot be shared out": (
+        lambda tree, _: (
+            tree.update(expert_parallel=4),
+            tree["model"].update(ffn="mhmoe_head_parallel"),
+        ),
+        64,
+        "expert_parallel: 4 must divide the 2 heads (model.moe.num_heads) that mhmoe_head_parallel spreads over "
+        "processes; use 2",
+    ),
+    "heads with a capacity": (
+        lambda tree, _: (
+            tree.update(expert_parallel=2),
+            tree["model"].update(ffn="mhmoe_head_parallel"),
+            tree["model"]["moe"].update(capacity_factor=1.0),
+        ),
+        64,
+        "expert_parallel: 2 exchanges whole heads, which cannot have a capacity",
+    ),
     "nothing to spread": (
         lambda tree, _: (tree.update(expert_parallel=2), tree["model"].update(ffn="dense")),
         64,
@@ -189,7 +207,7 @@ def test_a_dry_run_prints_sizes_and_looks_at_the_data(
     ):
         assert expected in printed
     assert main(["--config", config, "--dry-run", "expert_parallel=2"]) == 0
-    layout = "layout: 2 processes, strategy fsdp, the 4 experts of each pool spread over 2 (2 on each)\n"
+    layout = "layout: 2 processes, strategy fsdp, the 4 experts of each pool spread over 2 (2 experts on each)\n"
     assert layout in capsys.readouterr().out
     task = build_task(validate_config(RunConfig, tree))
     assert f"parameters {sum(p.numel() for p in task.parameters()):,} (encoder" in printed

@@ -20,6 +20,7 @@ from tests.integration.test_resume import assert_close, merged
 
 MODELS: dict[str, dict[str, Any]] = {
     "mhmoe": {"ffn": "mhmoe"},
+    "head parallel": {"ffn": "mhmoe_head_parallel"},
     "xmoe, shared pools": {"ffn": "xmoe", "moe": {"experts": "shared", "top_k": 2}},
     "smoe with a joint pool": {"ffn": "smoe", "vl_ffn_layers": 1, "checkpoint_activations": True},
 }
