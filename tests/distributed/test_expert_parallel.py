@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     "heads, no tokens at all": Case([0, 0, 0, 0], 4, PER_HEAD, valid=0.5),
     "heads, nothing but padding": Case([5, 2, 7, 1], 4, PER_HEAD, valid=0.0),
     "loop": Case([5, 2, 7, 1], options={"backend": "loop", "top_k": 2}, valid=0.7),
+    "loop, ranks that receive nothing": Case([5, 2, 7, 1], options={"backend": "loop"}, favoured=0),
 }
 # Backends that have no float64.
 FLOAT32_CASES = {
@@ -365,6 +366,25 @@ def test_selection_bias_moves_alike_on_all_ranks() -> None:
     assert any(bias.any() for bias in expected.values())
     for found in run_ranks(on_rank, 2):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"pools": "per_head"}], ids=["rows", "heads"])
+def test_experts_never_see_padding(options: dict[str, Any]) -> None:
+    """It would change no result, as it is masked in the end, but cost time."""
+    case = Case([5, 2, 7, 1], 4, options | {"num_experts": 8, "top_k": 2}, valid=0.5)
+
+    def rows_served(world: World) -> int:
+        stack = Stack(case)
+        parallelize(stack, strategy="fsdp", world=world, expert_parallel=2)
+        served: list[int] = []
+        for layer in stack.layers:
+            layer.moe.experts.register_forward_pre_hook(lambda _, inputs: served.append(int(inputs[1].sum())))
+        stack(*inputs_of(case, world.rank))
+        return sum(served)
+
+    num_valid = int(inputs_of_all(case)[1].sum())
+    assert 0 < num_valid < 15
+    assert sum(run_ranks(rows_served, 4)) == 2 * 4 * 2 * num_valid  # layers, heads, choices
 
 
 def test_traffic_of_heads_depends_on_neither_routing_nor_number_of_choices() -> None:
