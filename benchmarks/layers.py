@@ -1,6 +1,6 @@
 """python -m benchmarks.layers --dim 768 --num-tokens 1024 --repeats 9
 
-Forward and backward of the five kinds of feed-forward layer at the same FLOPs and parameters, each against the dense
+Forward and backward of all kinds of feed-forward layer at the same FLOPs and parameters, each against the dense
 layer of the same FLOPs. The kinds take turns within each repeat and the medians are of *paired* ratios, so that a busy
 machine slows all of them alike. Prints a table and writes a result file with hardware, versions, commit and command.
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.measure import paired_ratios, take_turns, write_result
 from mhmoe_vl.moe import KINDS, FeedForward, FfnShape, MoE, MultiHeadMoE, match_ffn
-from mhmoe_vl.moe.cost import default_router
+from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS, default_router
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +58,9 @@ def _layer(shape: FfnShape) -> nn.Module:
     torch.manual_seed(0)
     if shape.kind == "dense":
         return FeedForward(shape.dim, shape.ffn_dim)
-    if shape.kind == "mhmoe":
-        return MultiHeadMoE(shape.dim, shape.ffn_dim, shape.num_experts, shape.num_heads, shape.top_k)
+    if shape.kind in MULTI_HEAD_KINDS:
+        pools = "per_head" if shape.kind == "mhmoe_head_parallel" else "shared"
+        return MultiHeadMoE(shape.dim, shape.ffn_dim, shape.num_experts, shape.num_heads, shape.top_k, pools=pools)
     return MoE(shape.dim, shape.ffn_dim, shape.num_experts, shape.top_k, router=default_router(shape.kind))
 
 

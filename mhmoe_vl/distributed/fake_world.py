@@ -29,20 +29,27 @@ def fake_world(world_size: int) -> Iterator[World]:
 
 
 def local_sizes(
-    module: nn.Module, *, strategy: Strategy, world_size: int, shard_units: Sequence[nn.Module]
+    module: nn.Module,
+    *,
+    strategy: Strategy,
+    world_size: int,
+    shard_units: Sequence[nn.Module],
+    expert_parallel: int = 1,
 ) -> dict[str, int]:
     """Values of every parameter that rank 0 keeps, by name, once :func:`parallelize` is done with ``module``.
 
     Args:
         module: on the meta device; is changed in place.
-        strategy, shard_units: as for :func:`parallelize`.
+        strategy, shard_units, expert_parallel: as for :func:`parallelize`.
 
     Raises:
         ConfigError: as :func:`parallelize`.
     """
     with fake_world(world_size) as world:
         if strategy == "fsdp":
-            module = parallelize(module, strategy=strategy, world=world, shard_units=shard_units)
+            module = parallelize(
+                module, strategy=strategy, world=world, shard_units=shard_units, expert_parallel=expert_parallel
+            )
         return {
             name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
             for name, parameter in module.named_parameters()

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_vl.distributed.collectives import all_reduce_sum
+from mhmoe_vl.distributed.expert_parallel import require_divisor, spread_experts
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import ConfigError
 
@@ -30,7 +31,12 @@ Strategy = Literal["none", "ddp", "fsdp"]
 
 
 def parallelize(
-    module: nn.Module, *, strategy: Strategy, world: World, shard_units: Sequence[nn.Module] = ()
+    module: nn.Module,
+    *,
+    strategy: Strategy,
+    world: World,
+    shard_units: Sequence[nn.Module] = (),
+    expert_parallel: int = 1,
 ) -> nn.Module:
     """Move ``module`` to the device of this rank and make its gradients sums over all ranks.
 
@@ -42,18 +48,25 @@ def parallelize(
         strategy: ``ddp`` keeps all parameters on each rank; ``fsdp`` keeps a shard of each and gathers them one unit at
             a time; ``none`` is for one process.
         shard_units: submodules that FSDP2 gathers and frees as one (the encoder blocks); the rest forms one more unit.
+        expert_parallel: number of ranks over which the experts of each layer are spread; ``fsdp`` only.
 
     Raises:
-        ConfigError: ``none`` with several processes, which would train as many models.
+        ConfigError: ``none`` with several processes, which would train as many models; ``expert_parallel`` with another
+            strategy, or of a number that does not divide processes and experts.
     """
     if strategy not in ("none", "ddp", "fsdp"):
         raise ConfigError(f"parallel strategy: '{strategy}' must be none, ddp or fsdp")
     if strategy == "none" and world.world_size > 1:
         raise ConfigError(f"parallel strategy: 'none' needs one process, not {world.world_size}; use ddp or fsdp")
+    if expert_parallel > 1 and strategy != "fsdp":
+        raise ConfigError(f"expert_parallel: {expert_parallel} needs strategy=fsdp, not '{strategy}'")
+    require_divisor(expert_parallel, "processes", world.world_size)
     module.to(world.device)
     if strategy == "none" or not dist.is_initialized():
         return module
-    return _replicate(module, world) if strategy == "ddp" else _shard(module, world, shard_units)
+    if strategy == "ddp":
+        return _replicate(module, world)
+    return _shard(module, world, shard_units, expert_parallel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -71,13 +84,19 @@ def accumulating(module: nn.Module, *, is_last: bool) -> Iterator[None]:
     defer = isinstance(module, DistributedDataParallel) and not is_last
     with module.no_sync() if defer else nullcontext():  # type: ignore[operator]
         yield
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and
+            # nothing then puts away what was gathered: the module would show parameters without gradients.
+            part.reshard()
 
 
 def clip_grad_norm(module_or_parameters: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients so that their global 2-norm is at most ``max_norm``; return the norm before, a scalar.
 
-    Sharded and replicated gradients may be mixed. If the norm is not finite the gradients are left as they are: one
-    NaN would otherwise reach all of them, and the caller decides by the returned norm whether to skip the step.
+    Sharded and replicated gradients may be mixed, and shards of several meshes, as long as each element of a sharded
+    gradient is on one rank only. If the norm is not finite the gradients are left as they are: one NaN would otherwise
+    reach all of them, and the caller decides by the returned norm whether to skip the step.
     Collective if any gradient is sharded.
     """
     parameters = (
@@ -117,13 +136,14 @@ def _sum_over_ranks(_, bucket):
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def _shard(module: nn.Module, world: World, shard_units: Sequence[nn.Module]) -> nn.Module:
+def _shard(module: nn.Module, world: World, shard_units: Sequence[nn.Module], expert_parallel: int) -> nn.Module:
     # DDP does this by itself.
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor, src=0)
-    # The meta device, on which layouts are checked without memory, cannot have a mesh.
-    mesh = init_device_mesh("cpu" if world.device.type == "meta" else world.device.type, (world.world_size,))
+    if expert_parallel > 1:
+        spread_experts(module, degree=expert_parallel, world=world)
+    mesh = init_device_mesh(world.mesh_device, (world.world_size,))
     for unit in shard_units:
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,12 +40,13 @@ def export_weights(path: Path, module: nn.Module, *, world: World) -> None:
     """
     weights: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    for tensor, (name, *aliases) in tensor_names(module).items():
-        # One tensor at a time: only rank 0 ever holds the whole model, in host memory.
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.is_main:
-            weights[name] = whole.detach().cpu().contiguous()
-            tied.update(dict.fromkeys(aliases, name))
+    with _without_advice():
+        for tensor, (name, *aliases) in tensor_names(module).items():
+            # One tensor at a time: only rank 0 ever holds the whole model, in host memory.
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if world.is_main:
+                weights[name] = whole.detach().cpu().contiguous()
+                tied.update(dict.fromkeys(aliases, name))
     with fail_together(OutputError, f"{path}: cannot write weights"):
         if world.is_main:
             partial = path.with_name(f"{path.name}.tmp")
@@ -51,6 +55,18 @@ def export_weights(path: Path, module: nn.Module, *, world: World) -> None:
             flush(partial)
             partial.replace(path)
             flush(path.parent)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Torch warns that experts, sharded on two axes, are gathered in two steps; that is so, and exact."""
+    advisor = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = advisor.level
+    advisor.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        advisor.setLevel(level)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

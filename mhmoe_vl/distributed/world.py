@@ -31,6 +31,12 @@ class World:
         """True on the one rank that logs and writes shared files."""
         return self.rank == 0
 
+    @property
+    def mesh_device(self) -> str:
+        """Type of device for a mesh of all ranks. The meta device, on which layouts are checked without memory, cannot
+        have one."""
+        return "cpu" if self.device.type == "meta" else self.device.type
+
 
 @contextmanager
 def open_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
@@ -49,10 +55,10 @@ def open_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=1
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not _is_launched():
         yield World(rank=0, world_size=1, local_rank=0, device=chosen)
         return
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, chosen)
+    world = World(int(os.environ["RANK"]), launched_world_size(), local_rank, chosen)
     _warn_about_shared_store(world)
     on_cuda = chosen.type == "cuda"
     dist.init_process_group(
@@ -62,6 +68,15 @@ def open_world(device: str = "auto", *, timeout: timedelta = timedelta(minutes=1
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun started, known before they form a group; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -20,12 +20,14 @@ class MoEConfig(Config):
 
     Attributes:
         num_experts, top_k: E0 and k0 of the reference SMoE, whose experts are ``model.ffn_dim`` wide.
-        num_heads: sub-tokens per token of ``mhmoe``.
-        choices: k of ``mhmoe`` (per sub-token) and ``fine_grained``.
+        num_heads: sub-tokens per token of ``mhmoe`` and ``mhmoe_head_parallel``.
+        choices: k of these (per sub-token) and of ``fine_grained``.
         match: what is held equal to the reference: ``flops`` (and parameters), ``params``, or ``none``.
         every: every n-th block is sparse.
         experts: one pool per modality, or one pool shared by both.
         router: ``linear`` or ``cosine``; None is what the kind means.
+        num_experts_multiple: derived numbers of experts are rounded to a multiple of this, so that expert-parallel
+            degrees divide them. A property of the model, which is the same on any number of processes.
         balance_weight, z_weight: weights of the auxiliary losses.
         selection_bias_rate: rate of loss-free balancing; 0 turns it off.
     """
@@ -38,6 +40,7 @@ class MoEConfig(Config):
     every: Positive = 2
     experts: Literal["per_modality", "shared"] = "per_modality"
     router: Literal["linear", "cosine"] | None = None
+    num_experts_multiple: Positive = 1
     gate: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = False
     inner_residual: bool = False
@@ -68,7 +71,7 @@ class ModelConfig(Config):
     max_text_length: Positive = 1024
     num_visual_codes: Positive = 8192
     modalities: tuple[Modality, ...] = MODALITIES
-    ffn: Literal["dense", "smoe", "xmoe", "fine_grained", "mhmoe"] = "mhmoe"
+    ffn: Literal["dense", "smoe", "xmoe", "fine_grained", "mhmoe", "mhmoe_head_parallel"] = "mhmoe"
     moe: MoEConfig = MoEConfig()
     glu: bool = False
     sub_ln: bool = True
@@ -88,6 +91,8 @@ class ModelConfig(Config):
             raise ValueError(f"vl_ffn_layers={self.vl_ffn_layers} exceeds depth={self.depth}")
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"modalities={self.modalities} must name 'vision', 'text' or both, once each")
+        if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
+            raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":
             shape = self.ffn_shape
             if self.moe.match == "flops" and not shape.is_matched:
@@ -96,6 +101,12 @@ class ModelConfig(Config):
                     f"num_experts={shape.num_experts}, FLOPs {shape.flops_mismatch:+.1%}, parameters "
                     f"{shape.params_mismatch:+.1%}); change moe.num_heads, moe.choices, moe.num_experts or ffn_dim, "
                     "or set moe.match=none"
+                )
+            multiple = self.moe.num_experts_multiple
+            if shape.num_experts % multiple:
+                raise ValueError(
+                    f"moe.num_experts_multiple: {multiple} does not divide the {shape.num_experts} experts that ffn="
+                    f"{self.ffn} with moe.match={self.moe.match} takes from moe.num_experts; set that to a multiple"
                 )
         return self
 
@@ -116,6 +127,7 @@ class ModelConfig(Config):
             self.moe.choices,
             self.moe.match,
             self.glu,
+            num_experts_multiple=self.moe.num_experts_multiple,
         )
 
     @property

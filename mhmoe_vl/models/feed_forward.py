@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mhmoe_vl.models.config import MODALITIES, ModelConfig
 from mhmoe_vl.models.streams import Streams
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, Routing
+from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS
 
 
 class LayerRouting(NamedTuple):
@@ -42,14 +43,13 @@ class LayerRouting(NamedTuple):
 
 
 def _rows(routing: Routing, span: slice) -> Routing:
-    return Routing(
+    return routing.replace(
         logits_NE=routing.logits_NE[span],
         balance_probs_NE=routing.balance_probs_NE[span],
         weights_NK=routing.weights_NK[span],
         experts_NK=routing.experts_NK[span],
         valid_N=None if routing.valid_N is None else routing.valid_N[span],
         kept_NK=None if routing.kept_NK is None else routing.kept_NK[span],
-        num_heads=routing.num_heads,
     )
 
 
@@ -68,8 +68,10 @@ def build_feed_forward(config: ModelConfig, *, sparse: bool) -> nn.Module:
         "glu": config.glu,
         "backend": moe.backend,
     }
-    if config.ffn == "mhmoe":
-        return MultiHeadMoE(config.dim, shape.ffn_dim, shape.num_experts, shape.num_heads, **arguments)  # type: ignore[arg-type]
+    if config.ffn in MULTI_HEAD_KINDS:
+        pools = "per_head" if config.ffn == "mhmoe_head_parallel" else "shared"
+        sizes = (config.dim, shape.ffn_dim, shape.num_experts, shape.num_heads)
+        return MultiHeadMoE(*sizes, pools=pools, **arguments)  # type: ignore[arg-type]
     return MoE(config.dim, shape.ffn_dim, shape.num_experts, **arguments)  # type: ignore[arg-type]
 
 

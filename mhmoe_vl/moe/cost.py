@@ -15,7 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_vl.moe.routing import ROUTERS, cosine_router_dim
 
-KINDS = ("dense", "smoe", "xmoe", "fine_grained", "mhmoe")
+KINDS = ("dense", "smoe", "xmoe", "fine_grained", "mhmoe", "mhmoe_head_parallel")
+
+#: Kinds whose experts work on sub-tokens.
+MULTI_HEAD_KINDS = ("mhmoe", "mhmoe_head_parallel")
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ def ffn_cost(
     bias: bool = True,
     sub_ln: bool = False,
 ) -> FfnCost:
-    """Cost of a layer of ``kind`` (``dense smoe xmoe fine_grained mhmoe``).
+    """Cost of a layer of ``kind`` (``dense smoe xmoe fine_grained mhmoe mhmoe_head_parallel``).
 
     Args:
+        num_experts: of all heads together.
         router: ``linear`` or ``cosine``; by default what the kind means (cosine for ``xmoe``).
         sub_ln: the dense layer normalises its hidden activation.
 
@@ -69,15 +73,18 @@ def ffn_cost(
         return FfnCost(num_params, num_params, 2 * num_matrices * dim * ffn_dim, 0)
     width = dim // num_heads
     expert_params = num_matrices * width * ffn_dim + ((num_matrices - 1) * ffn_dim + width if bias else 0)
-    if (router or default_router(kind)) == "linear":
+    if kind == "mhmoe_head_parallel":
+        # A sub-token meets the router of its own head alone.
+        router_params, router_flops = width * num_experts, 2 * width * num_experts // num_heads
+    elif (router or default_router(kind)) == "linear":
         router_params, router_flops = width * num_experts, 2 * width * num_experts
     else:
         router_dim = cosine_router_dim(num_experts)
         router_params = (width + num_experts) * router_dim + 1
         router_flops = 2 * (width + num_experts) * router_dim
-    other_params = router_params + (2 * (dim * dim + dim) if kind == "mhmoe" else 0)
+    other_params = router_params + (2 * (dim * dim + dim) if kind in MULTI_HEAD_KINDS else 0)
     flops = num_heads * (router_flops + top_k * 2 * num_matrices * width * ffn_dim)
-    flops += 4 * dim * dim if kind == "mhmoe" else 0
+    flops += 4 * dim * dim if kind in MULTI_HEAD_KINDS else 0
     return FfnCost(
         num_params=other_params + num_experts * expert_params,
         num_active_params=other_params + min(num_experts, num_heads * top_k) * expert_params,
@@ -95,7 +102,9 @@ def _check(kind: str, dim: int, ffn_dim: int, num_experts: int, top_k: int, num_
         raise ValueError(f"dim={dim}, ffn_dim={ffn_dim} and num_experts={num_experts} must all be positive")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
-    if kind != "mhmoe" and num_heads != 1:
+    if kind == "mhmoe_head_parallel" and router not in (None, "linear"):
+        raise ValueError(f"router={router!r}: a router per head is 'linear'")
+    if kind not in MULTI_HEAD_KINDS and num_heads != 1:
         raise ValueError(f"kind={kind!r} has no sub-tokens: num_heads={num_heads} must be 1")
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide dim={dim}")

@@ -9,7 +9,7 @@ Shape suffixes: N rows, D width, E experts, K choices per row, A = N*K assignmen
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,25 +24,34 @@ class Assignment(NamedTuple):
     Attributes:
         order_A: int64, choices (number ``n * K + k``) sorted by expert; behind the last expert's segment are those that
             nobody serves, of padding or dropped.
-        counts_E: choices that each expert serves, int64.
+        counts_E: rows that each expert of this rank gets, int64; these are all experts if the dispatcher is local.
         slot_NK: position in ``order_A`` of each choice.
         routing: the routing, with ``kept_NK`` filled in where choices are not served.
+        exchange: what a dispatcher that is not local must remember to find the way back.
     """
 
     order_A: Tensor
     counts_E: Tensor
     slot_NK: Tensor
     routing: Routing
+    exchange: Any = None
 
 
 class Dispatcher(Protocol):
-    """What an MoE layer needs of a dispatcher."""
+    """What an MoE layer needs of a dispatcher.
+
+    Attributes:
+        is_local: rows stay on this rank, so that experts may fetch and combine them on their own.
+    """
+
+    is_local: bool
 
     def assign(self, routing: Routing) -> Assignment:
         """Which choices are served, in what order."""
 
     def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
-        """One row per choice, ``[A, D]``, in the order of the assignment."""
+        """One row per choice, ``[A, D]``, in the order of the assignment; if not local, the rows that came in for the
+        experts of this rank, sorted by expert."""
 
     def combine(self, y_AD: Tensor, assignment: Assignment) -> Tensor:
         """``sum_k weight_k * y_k`` back in row order; zero where a choice was not served."""
@@ -50,6 +59,8 @@ class Dispatcher(Protocol):
 
 class DroplessDispatcher:
     """Every choice of every valid row is served, whatever the imbalance."""
+
+    is_local = True
 
     def assign(self, routing: Routing) -> Assignment:
         return sort_by_expert(routing, keep_NK=None)
@@ -74,6 +85,8 @@ class CapacityDispatcher:
     Args:
         capacity_factor: 1.0 leaves room for a perfectly balanced batch only.
     """
+
+    is_local = True
 
     def __init__(self, capacity_factor: float = 1.0) -> None:
         if capacity_factor <= 0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhmoe_vl.moe.dispatch import Assignment, served_weights
+from mhmoe_vl.moe.local import local_part
 from mhmoe_vl.moe.segments import segment_moe
 
 BACKENDS = ("auto", "loop", "segments", "grouped_mm", "fused")
@@ -80,7 +81,7 @@ class Experts(nn.Module):
             rows_AD: rows sorted by expert.
             counts_E: int64, rows of each expert; may sum to less than A.
         """
-        rows_AD = _autocast(rows_AD)
+        rows_AD = autocast_rows(rows_AD)
         backend = self.explain(rows_AD.device, rows_AD.dtype).backend
         if backend in WHOLE_LAYER_BACKENDS:
             order_A = torch.arange(rows_AD.shape[0], device=rows_AD.device)
@@ -96,7 +97,7 @@ class Experts(nn.Module):
 
     def mix(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
         """Dispatch, experts and combination in one: ``sum_k weight_k * expert_k(x)``."""
-        x_ND = _autocast(x_ND)
+        x_ND = autocast_rows(x_ND)
         backend = self.explain(x_ND.device, x_ND.dtype).backend
         weights_NK = served_weights(assignment.routing)
         return self._mix(backend, x_ND, assignment.order_A, assignment.counts_E, weights_NK)
@@ -112,9 +113,10 @@ class Experts(nn.Module):
         return fused_moe(x_ND, order_A, counts_E, weights_NK, *weights, glu=self.glu)
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        b1_EF = None if self.b1_EF is None else self.b1_EF.to(dtype)
-        b2_ED = None if self.b2_ED is None else self.b2_ED.to(dtype)
-        return self.w1_EDF.to(dtype), b1_EF, self.w2_EFD.to(dtype), b2_ED
+        """Matrices and biases of the experts that are on this rank."""
+        b1_EF = None if self.b1_EF is None else local_part(self.b1_EF).to(dtype)
+        b2_ED = None if self.b2_ED is None else local_part(self.b2_ED).to(dtype)
+        return local_part(self.w1_EDF).to(dtype), b1_EF, local_part(self.w2_EFD).to(dtype), b2_ED
 
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """The backend that rows on ``device`` of ``dtype`` take, and why."""
@@ -143,15 +145,16 @@ class Experts(nn.Module):
 
     def _forward_loop(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
         # unbind, not indexing: W[e] in a loop gives autograd one full-size zero gradient per expert.
-        w1, w2 = (w.to(rows_AD.dtype).unbind(0) for w in (self.w1_EDF, self.w2_EFD))
-        b1 = [None] * self.num_experts if self.b1_EF is None else self.b1_EF.to(rows_AD.dtype).unbind(0)
-        b2 = [None] * self.num_experts if self.b2_ED is None else self.b2_ED.to(rows_AD.dtype).unbind(0)
         counts = counts_E.tolist()
+        w1_EDF, b1_EF, w2_EFD, b2_ED = self._weights(rows_AD.dtype)
+        w1, w2 = w1_EDF.unbind(0), w2_EFD.unbind(0)
+        b1 = [None] * len(counts) if b1_EF is None else b1_EF.unbind(0)
+        b2 = [None] * len(counts) if b2_ED is None else b2_ED.unbind(0)
         tail = rows_AD.shape[0] - sum(counts)
         segments = rows_AD.split([*counts, tail])
         outputs = []
         # Experts without rows run too: their gradients are then zeros instead of None, on every rank alike.
-        for e in range(self.num_experts):
+        for e in range(len(counts)):
             hidden = self._activate(_linear(segments[e], w1[e], b1[e]))
             outputs.append(_linear(hidden, w2[e], b2[e]))
         return torch.cat([*outputs, torch.zeros_like(segments[-1])])
@@ -174,13 +177,14 @@ class Experts(nn.Module):
         # where() keeps it out of what comes in and goes out, and a spare bias row E takes it from the biases.
         served_A1 = (row_A < ends_E[-1])[:, None]
         rows_AD = _row_major(torch.where(served_A1, rows_AD, 0.0))
-        hidden_AF = F.grouped_mm(rows_AD, self.w1_EDF.to(dtype), offs=ends_E)
-        if self.b1_EF is not None:
-            hidden_AF = hidden_AF + F.pad(self.b1_EF.to(dtype), (0, 0, 0, 1)).index_select(0, expert_A)
+        w1_EDF, b1_EF, w2_EFD, b2_ED = self._weights(dtype)
+        hidden_AF = F.grouped_mm(rows_AD, w1_EDF, offs=ends_E)
+        if b1_EF is not None:
+            hidden_AF = hidden_AF + F.pad(b1_EF, (0, 0, 0, 1)).index_select(0, expert_A)
         hidden_AF = self._activate(hidden_AF)
-        y_AD = _row_major_grad(F.grouped_mm(hidden_AF, self.w2_EFD.to(dtype), offs=ends_E))
-        if self.b2_ED is not None:
-            y_AD = y_AD + F.pad(self.b2_ED.to(dtype), (0, 0, 0, 1)).index_select(0, expert_A)
+        y_AD = _row_major_grad(F.grouped_mm(hidden_AF, w2_EFD, offs=ends_E))
+        if b2_ED is not None:
+            y_AD = y_AD + F.pad(b2_ED, (0, 0, 0, 1)).index_select(0, expert_A)
         return torch.where(served_A1, y_AD, 0.0)
 
     def extra_repr(self) -> str:
@@ -190,7 +194,7 @@ class Experts(nn.Module):
         )
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast_rows(x: Tensor) -> Tensor:
     """In the dtype of the autocast region around, if there is one."""
     return x.to(_autocast_dtype(x))
 

@@ -5,12 +5,16 @@ Shape suffixes: T tokens, N routed rows (T tokens, or T * num_heads sub-tokens),
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mhmoe_vl.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from mhmoe_vl.moe.experts import BackendChoice, Experts
-from mhmoe_vl.moe.routing import ROUTERS, CosineRouter, LinearRouter, Routing
+from mhmoe_vl.moe.routing import ROUTERS, CosineRouter, LinearRouter, PerHeadRouter, Routing
+
+POOLS = ("shared", "per_head")
 
 
 class MoE(nn.Module):
@@ -21,7 +25,7 @@ class MoE(nn.Module):
         ffn_dim: hidden width of one expert.
         num_experts: size of the expert pool.
         top_k: experts per token.
-        router: ``linear`` (softmax of a linear map) or ``cosine`` (X-MoE).
+        router: ``linear`` (softmax of a linear map), ``cosine`` (X-MoE), or a router of your own for ``num_experts``.
         gate: ``softmax`` or ``sigmoid`` over the router's scores.
         renormalize: make the k weights of a token sum to 1 (off in the MH-MoE papers).
         inner_residual: add the input of the experts to their output (arXiv 2404.15045, equation 6; the official code
@@ -38,7 +42,7 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int = 1,
         *,
-        router: str = "linear",
+        router: str | LinearRouter | CosineRouter | PerHeadRouter = "linear",
         gate: str = "softmax",
         renormalize: bool = False,
         inner_residual: bool = False,
@@ -48,12 +52,14 @@ class MoE(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if router not in ROUTERS:
-            raise ValueError(f"router={router!r} must be one of {', '.join(ROUTERS)}")
         self.dim = dim
         self.inner_residual = inner_residual
-        make_router = LinearRouter if router == "linear" else CosineRouter
-        self.router = make_router(dim, num_experts, top_k, gate=gate, renormalize=renormalize)
+        if isinstance(router, str):
+            if router not in ROUTERS:
+                raise ValueError(f"router={router!r} must be one of {', '.join(ROUTERS)}")
+            make_router = LinearRouter if router == "linear" else CosineRouter
+            router = make_router(dim, num_experts, top_k, gate=gate, renormalize=renormalize)
+        self.router = router
         self.experts = Experts(num_experts, dim, ffn_dim, glu=glu, bias=bias, backend=backend)
         self.dispatcher: Dispatcher = (
             DroplessDispatcher() if capacity_factor is None else CapacityDispatcher(capacity_factor)
@@ -78,7 +84,7 @@ class MoE(nn.Module):
         if valid is not None:
             routing = routing.replace(valid_N=valid.reshape(-1))
         assignment = self.dispatcher.assign(routing)
-        if self.experts.mixes(x_ND):
+        if self.dispatcher.is_local and self.experts.mixes(x_ND):
             y_ND = self.experts.mix(x_ND, assignment)
         else:
             rows_AD = self.dispatcher.dispatch(x_ND, assignment)
@@ -89,7 +95,10 @@ class MoE(nn.Module):
 
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """Which backend tokens on ``device`` of ``dtype`` take, and why."""
-        return self.experts.explain(device, dtype)
+        backend, reason = self.experts.explain(device, dtype)
+        if backend == "fused" and not self.dispatcher.is_local:
+            reason += "; rows come from other ranks, so gather, weights and scatter stay outside the kernel"
+        return BackendChoice(backend, reason)
 
     def extra_repr(self) -> str:
         return f"dispatcher={self.dispatcher!r}, inner_residual={self.inner_residual}"
@@ -105,7 +114,13 @@ class MultiHeadMoE(nn.Module):
     Args:
         dim: width of a token; ``num_heads`` must divide it. Experts work on ``dim / num_heads``.
         num_heads: sub-tokens per token; unrelated to attention heads.
+        pools: ``shared``, or ``per_head``: each head has a linear router and ``num_experts / num_heads`` experts of its
+            own (Multi-Head LatentMoE, arXiv 2602.04870), so that heads can be spread over ranks before they are routed.
         Other arguments as for :class:`MoE`.
+
+    Attributes:
+        exchange_heads: how rows reach the ranks that own their heads and come back; None if all heads are here. Called
+            with ``(moe, rows, valid)``, returns what ``moe(rows, valid)`` would.
     """
 
     def __init__(
@@ -116,6 +131,7 @@ class MultiHeadMoE(nn.Module):
         num_heads: int,
         top_k: int = 1,
         *,
+        pools: str = "shared",
         router: str = "linear",
         gate: str = "softmax",
         renormalize: bool = False,
@@ -128,15 +144,24 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        if pools not in POOLS:
+            raise ValueError(f"pools={pools!r} must be one of {', '.join(POOLS)}")
+        if pools == "per_head" and router != "linear":
+            raise ValueError(f"router={router!r}: with pools='per_head' only 'linear' is known")
         self.dim = dim
         self.num_heads = num_heads
+        self.pools = pools
+        self.exchange_heads: Callable[[MoE, Tensor, Tensor | None], tuple[Tensor, Routing]] | None = None
         self.head = nn.Linear(dim, dim)
+        width = dim // num_heads
         self.moe = MoE(
-            dim // num_heads,
+            width,
             ffn_dim,
             num_experts,
             top_k,
-            router=router,
+            router=router
+            if pools == "shared"
+            else PerHeadRouter(width, num_experts, num_heads, top_k, gate=gate, renormalize=renormalize),
             gate=gate,
             renormalize=renormalize,
             inner_residual=inner_residual,
@@ -160,7 +185,10 @@ class MultiHeadMoE(nn.Module):
         """As :meth:`MoE.forward`; the routing has ``num_heads`` rows per token, neighbours in memory."""
         sub_ND = self.head(_zero_padding(x, valid)).reshape(-1, self.dim // self.num_heads)
         valid_N = None if valid is None else valid.reshape(-1).repeat_interleave(self.num_heads)
-        y_ND, routing = self.moe(sub_ND, valid_N)
+        if self.exchange_heads is None:
+            y_ND, routing = self.moe(sub_ND, valid_N)
+        else:
+            y_ND, routing = self.exchange_heads(self.moe, sub_ND, valid_N)
         y = _zero_padding(self.merge(y_ND.reshape(x.shape)), valid)
         return y, routing.replace(num_heads=self.num_heads)
 

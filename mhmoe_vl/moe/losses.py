@@ -27,7 +27,8 @@ def expert_load(routing: Routing, valid: Tensor | None = None) -> Tensor:
 def balance_loss(routing: Routing, valid: Tensor | None = None, *, global_load_E: Tensor | None = None) -> Tensor:
     """Load-balance loss ``E * sum_e load_e * mean_gate_e``; exactly 1 when load or gate is uniform.
 
-    GShard / MH-MoE (arXiv 2404.15045, equation 10), with all K choices counted and padding left out.
+    GShard / MH-MoE (arXiv 2404.15045, equation 10), with all K choices counted and padding left out. If each head has
+    experts of its own, this is the mean over heads of their losses.
 
     Args:
         routing: what the layer returned.
@@ -44,7 +45,9 @@ def balance_loss(routing: Routing, valid: Tensor | None = None, *, global_load_E
         probs_NE = torch.where(valid_N[:, None], probs_NE, 0.0)
     num_choices = load_E.sum().clamp_min(1)
     share_E = load_E.to(probs_NE.dtype) / num_choices
-    mean_gate_E = probs_NE.sum(0) * (routing.top_k / num_choices.to(probs_NE.dtype))
+    # Pools take turns, so that rows of all pools side by side have a column for every expert.
+    gate_E = probs_NE.reshape(-1, routing.num_experts).sum(0)
+    mean_gate_E = gate_E * (routing.top_k / num_choices.to(probs_NE.dtype))
     return routing.num_experts * (share_E * mean_gate_E).sum()
 
 

@@ -6,15 +6,17 @@ k choices per sub-token then gets, following arXiv 2411.16205 (equations 8 and 9
     two-matrix experts   k f = k0 f0 - d         E = h (E0 f0 - d) / f
     GLU experts          k f = k0 f0 - 2d/3      E = h (3 E0 f0 - 2d) / (3 f)
 
-which pays for the head and merge layers in both FLOPs and parameters.
+which pays for the head and merge layers in both FLOPs and parameters. Heads with experts of their own
+(``mhmoe_head_parallel``) cost the same but for a router that sees its head's alone; E is then a multiple of h.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mhmoe_vl.moe.cost import KINDS, FfnCost, ffn_cost
+from mhmoe_vl.moe.cost import KINDS, MULTI_HEAD_KINDS, FfnCost, ffn_cost
 
 MATCHES = ("flops", "params", "none")
 
@@ -75,11 +77,12 @@ def match_ffn(
     """Sizes of a layer of ``kind`` that costs what the reference SMoE layer costs.
 
     Args:
-        kind: ``dense``, ``smoe``, ``xmoe`` (cosine router), ``fine_grained`` or ``mhmoe``.
+        kind: ``dense``, ``smoe``, ``xmoe`` (cosine router), ``fine_grained``, ``mhmoe``, or ``mhmoe_head_parallel``
+            (each head has a router and experts of its own).
         dim: token width d.
         reference_ffn_dim, reference_num_experts, reference_top_k: f0, E0 and k0 of the reference SMoE.
-        num_heads: h of ``mhmoe``; ignored by the other kinds.
-        top_k: k of ``mhmoe`` and ``fine_grained``; the other kinds have the reference's.
+        num_heads: h of ``mhmoe`` and ``mhmoe_head_parallel``; ignored by the other kinds.
+        top_k: k of these and of ``fine_grained``; the other kinds have the reference's.
         match: ``flops`` matches FLOPs and parameters (arXiv 2411.16205); ``params`` matches parameters only, as the
             first paper did (arXiv 2404.15045: E = E0, f = 4 b h d with b = 1 - 1/(4 E0)), at about h times the
             expert FLOPs; ``none`` takes the reference sizes as they are.
@@ -93,8 +96,8 @@ def match_ffn(
         (:attr:`FfnShape.is_matched`).
 
     Raises:
-        ValueError: unknown kind or match, more choices than experts, or a reference too small to pay for head and
-            merge layers.
+        ValueError: unknown kind or match, more choices than experts, experts that heads cannot share out evenly, or a
+            reference too small to pay for head and merge layers.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
@@ -109,8 +112,14 @@ def match_ffn(
     reference = ffn_cost("smoe", dim, reference_ffn_dim, reference_num_experts, reference_top_k, glu=glu)
 
     def shape(ffn_dim: int, num_experts: int, top_k: int, num_heads: int = 1) -> FfnShape:
-        if top_k > num_experts:
-            raise ValueError(f"top_k={top_k} must be at most num_experts={num_experts}")
+        num_pools = num_heads if kind == "mhmoe_head_parallel" else 1
+        if num_experts % num_pools:
+            raise ValueError(
+                f"num_heads={num_heads} must divide num_experts={num_experts}: each head has experts of its own"
+            )
+        if top_k > num_experts // num_pools:
+            of_what = "num_experts" if num_pools == 1 else "the experts of a head"
+            raise ValueError(f"top_k={top_k} must be at most {of_what}={num_experts // num_pools}")
         cost = ffn_cost(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu)
         return FfnShape(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu, cost, reference)
 
@@ -118,12 +127,12 @@ def match_ffn(
         return shape(reference_ffn_dim * (1 if match == "none" else reference_top_k), 1, 1)
     if kind in ("smoe", "xmoe"):
         return shape(reference_ffn_dim, reference_num_experts, reference_top_k)
-    if kind == "mhmoe" and (num_heads < 1 or dim % num_heads):
+    if kind in MULTI_HEAD_KINDS and (num_heads < 1 or dim % num_heads):
         raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
-    heads = num_heads if kind == "mhmoe" else 1
+    heads = num_heads if kind in MULTI_HEAD_KINDS else 1
     if match == "none":
         return shape(reference_ffn_dim, reference_num_experts, top_k, heads)
-    if kind == "mhmoe" and match == "params":
+    if kind in MULTI_HEAD_KINDS and match == "params":
         # The first paper's width is for f0 = 4d; written with f0 it holds for any reference.
         width = num_heads * reference_ffn_dim * (1 - 1 / (4 * reference_num_experts))
         return shape(_round_to(width, 8), reference_num_experts, top_k, num_heads)
@@ -134,13 +143,16 @@ def match_ffn(
             f"reference_ffn_dim={reference_ffn_dim} with reference_top_k={reference_top_k} leaves an expert width of "
             f"{width:.0f} for top_k={top_k} after head and merge layers of dim={dim}: use a wider reference"
         )
+    min_experts = top_k
+    if kind == "mhmoe_head_parallel":
+        num_experts_multiple, min_experts = math.lcm(num_experts_multiple, num_heads), top_k * num_heads
     candidates = [
         shape(ffn_dim, num_experts, top_k, heads)
         for ffn_dim in _widths(width)
         for num_experts in _counts(
             heads * (reference_num_experts * reference_ffn_dim - overhead) / ffn_dim,
             num_experts_multiple,
-            top_k,
+            min_experts,
         )
     ]
     for candidate in candidates:
@@ -164,10 +176,10 @@ def _widths(width: float) -> Iterator[int]:
         yield nearest + 8 * step
 
 
-def _counts(num_experts: float, multiple: int, top_k: int) -> Iterator[int]:
+def _counts(num_experts: float, multiple: int, min_experts: int) -> Iterator[int]:
     nearest = _round_to(num_experts, multiple)
     for count in (nearest, nearest - multiple, nearest + multiple):
-        if count >= max(top_k, multiple):
+        if count >= max(min_experts, multiple):
             yield count
 
 

@@ -1,7 +1,7 @@
 """Routers: which experts a row goes to, and with what weight.
 
 Shape suffixes: N rows (tokens, or sub-tokens under MH-MoE), D row width, E experts, K choices per row,
-R router width of the cosine router.
+R router width of the cosine router, T tokens, H heads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mhmoe_vl.moe.local import local_part
+
 ROUTERS = ("linear", "cosine")
 
 
@@ -20,7 +22,8 @@ class Routing(NamedTuple):
     """What one MoE layer decided for its rows. Row ``n * num_heads + j`` is head ``j`` of token ``n``.
 
     Attributes:
-        logits_NE: router scores before the gate, float32 (or float64).
+        logits_NE: router scores before the gate, float32 (or float64); of the experts that the row may choose from,
+            which are those of its own pool if there are several.
         balance_probs_NE: softmax over experts that the balance loss uses. For the cosine router it is taken at the
             fixed initial temperature (X-MoE, arXiv 2204.09179, section 3.2), so the loss cannot be lowered by
             making the gate flat.
@@ -29,6 +32,8 @@ class Routing(NamedTuple):
         valid_N: False for padding rows, which were not routed; None if every row is valid.
         kept_NK: False where a capacity dispatcher dropped the choice; None if nothing can be dropped.
         num_heads: sub-tokens per token.
+        num_pools: row n is routed among the experts of pool ``n % num_pools``; ``experts_NK`` numbers the experts of
+            all pools, one pool after the other.
     """
 
     logits_NE: Tensor
@@ -38,6 +43,7 @@ class Routing(NamedTuple):
     valid_N: Tensor | None = None
     kept_NK: Tensor | None = None
     num_heads: int = 1
+    num_pools: int = 1
 
     def replace(self, **changes: Tensor | int | None) -> Routing:
         """A copy with some fields changed. Unlike ``_replace``, torch 2.11 can compile what returns it."""
@@ -45,7 +51,7 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        return self.logits_NE.shape[-1]
+        return self.logits_NE.shape[-1] * self.num_pools
 
     @property
     def top_k(self) -> int:
@@ -106,9 +112,9 @@ class _Router(nn.Module):
         # Added to the scores for selection only ("loss-free" balancing, arXiv 2408.15664); zero unless updated.
         self.register_buffer("selection_bias_E", torch.zeros(num_experts))
 
-    def select(self, logits_NE: Tensor, balance_logits_NE: Tensor) -> Routing:
+    def select(self, logits_NE: Tensor, balance_logits_NE: Tensor, bias_E: Tensor) -> Routing:
         probs_NE = logits_NE.softmax(-1) if self.gate == "softmax" else logits_NE.sigmoid()
-        scores_NE = probs_NE + self.selection_bias_E.to(probs_NE.dtype)
+        scores_NE = probs_NE + bias_E.to(probs_NE.dtype)
         # Sigmoid gates saturate: several experts of a row then have a gate of exactly 1.
         experts_NK = choose_top_k(scores_NE, self.top_k, logits_NE if self.gate == "sigmoid" else None)
         weights_NK = probs_NE.gather(-1, experts_NK)
@@ -151,7 +157,64 @@ class LinearRouter(_Router):
         with _no_autocast(x_ND):
             dtype = router_dtype(x_ND)
             logits_NE = x_ND.to(dtype) @ self.weight_DE.to(dtype)
-            return self.select(logits_NE, logits_NE)
+            return self.select(logits_NE, logits_NE, self.selection_bias_E)
+
+
+class PerHeadRouter(_Router):
+    """A linear router for each head, over experts of its own (Multi-Head LatentMoE, arXiv 2602.04870).
+
+    Args:
+        num_experts: of all heads; each has ``num_experts / num_heads``, one head after the other.
+
+    Attributes:
+        first_head: rows come from this head on; not 0 where heads are spread over ranks.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        num_heads: int,
+        top_k: int = 1,
+        *,
+        gate: str = "softmax",
+        renormalize: bool = False,
+    ) -> None:
+        if num_experts % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide num_experts={num_experts}: each head has its own")
+        if top_k > num_experts // num_heads:
+            raise ValueError(f"top_k={top_k} must be at most the {num_experts // num_heads} experts of a head")
+        super().__init__(num_experts, top_k, gate=gate, renormalize=renormalize)
+        self.num_heads = num_heads
+        self.first_head = 0
+        self.weight_HDE = nn.Parameter(torch.empty(num_heads, dim, num_experts // num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight_HDE, std=0.02)
+        nn.init.zeros_(self.selection_bias_E)
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        """Route rows of heads that take turns."""
+        with _no_autocast(x_ND):
+            dtype = router_dtype(x_ND)
+            weight_HDE = local_part(self.weight_HDE).to(dtype)
+            x_THD = x_ND.to(dtype).view(-1, weight_HDE.shape[0], x_ND.shape[1])
+            return self.choose(torch.einsum("thd,hde->the", x_THD, weight_HDE), self.first_head)
+
+    def choose(self, logits_THE: Tensor, first_head: int = 0) -> Routing:
+        """The routing that follows from scores ``[tokens, heads, experts of a head]``, one row per token and head."""
+        _, num_heads, num_experts = logits_THE.shape
+        bias_HE = self.selection_bias_E.view(self.num_heads, -1)[first_head : first_head + num_heads]
+        routing = self.select(logits_THE, logits_THE, bias_HE)
+        first_H1 = torch.arange(0, num_heads * num_experts, num_experts, device=logits_THE.device)[:, None]
+        return Routing(
+            logits_NE=routing.logits_NE.flatten(0, 1),
+            balance_probs_NE=routing.balance_probs_NE.flatten(0, 1),
+            weights_NK=routing.weights_NK.flatten(0, 1),
+            experts_NK=(routing.experts_NK + first_H1).flatten(0, 1),
+            num_pools=num_heads,
+        )
 
 
 class CosineRouter(_Router):
@@ -176,8 +239,8 @@ class CosineRouter(_Router):
         self.initial_temperature = 0.3 if gate == "softmax" else 0.07
         self.projection_DR = nn.Parameter(torch.empty(dim, self.router_dim))
         self.embedding_ER = nn.Parameter(torch.empty(num_experts, self.router_dim))
-        # Learned as a logarithm, so that it stays positive.
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        # Learned as a logarithm, so that it stays positive. One element and not a scalar, which FSDP2 cannot shard.
+        self.log_temperature = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -193,7 +256,7 @@ class CosineRouter(_Router):
             experts_ER = nn.functional.normalize(self.embedding_ER.to(dtype), dim=-1, eps=1e-4)
             cosine_NE = rows_NR @ experts_ER.T
             logits_NE = cosine_NE / self.log_temperature.to(dtype).exp()
-            return self.select(logits_NE, cosine_NE / self.initial_temperature)
+            return self.select(logits_NE, cosine_NE / self.initial_temperature, self.selection_bias_E)
 
 
 def cosine_router_dim(num_experts: int) -> int:

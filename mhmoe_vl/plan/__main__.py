@@ -26,23 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="this", help=f"{', '.join(NAMES)}; cpu and this one are measured, others from datasheets"
     )
-    parser.add_argument(
-        "--expert-parallel", type=int, help="ranks that share a pool of experts (default: the config's)"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file")
     arguments = parser.parse_args(argv)
     with exit_on_user_error():
         config = load_config(RunConfig, arguments.config, arguments.overrides)
-        degree = arguments.expert_parallel
-        if degree is None:
-            degree = getattr(config, "expert_parallel", 1)
-        plan = make_plan(
-            config,
-            find_device(arguments.device, precision=config.precision),
-            world_size=arguments.world_size,
-            expert_parallel=degree,
-        )
+        device = find_device(arguments.device, precision=config.precision)
+        plan = make_plan(config, device, world_size=arguments.world_size)
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if arguments.json else describe(plan, config))
     return 0
 

@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mhmoe_vl.distributed.expert_parallel import require_divisor
 from mhmoe_vl.distributed.fake_world import local_sizes
 from mhmoe_vl.distributed.parallel import Strategy
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.tasks.base import Task
-from mhmoe_vl.train.build import chosen_strategy
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.layout import strategy_of
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,20 @@ class Layout:
     num_micro_batches: int
 
 
-def layout_of(config: RunConfig, *, world_size: int, expert_parallel: int) -> Layout:
+def layout_of(config: RunConfig, world_size: int) -> Layout:
     """The layout that a configuration asks for.
 
     Raises:
         ConfigError: a layout that cannot run, with the numbers and a remedy.
     """
-    strategy = chosen_strategy(config, world_size)
+    strategy, degree = strategy_of(config, world_size), config.expert_parallel
     if world_size < 1:
         raise ConfigError(f"--world-size: {world_size} must be positive")
     if strategy == "none" and world_size > 1:
         raise ConfigError(f"strategy: 'none' needs one process, not {world_size}; use ddp or fsdp")
     _check_batch(config, world_size)
-    if expert_parallel != 1:
-        _check_experts(config, world_size, expert_parallel)
-    return Layout(world_size, strategy, expert_parallel, config.num_micro_batches)
+    require_divisor(degree, "processes", world_size)
+    return Layout(world_size, strategy, degree, config.num_micro_batches)
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
@@ -54,21 +54,6 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"data.batch_size: {size} samples are fewer than {world_size} ranks x {num_micro_batches} micro-batches = "
             f"{num_parts}: some ranks would compute nothing; use data.batch_size={num_parts} or more, or at most "
             f"{size // num_micro_batches} ranks"
-        )
-
-
-def _check_experts(config: RunConfig, world_size: int, degree: int) -> None:
-    if degree < 1 or world_size % degree:
-        raise ConfigError(f"--expert-parallel: {degree} must divide the world size {world_size}")
-    if config.model.ffn == "dense":
-        raise ConfigError(f"--expert-parallel: {degree}, but model.ffn=dense has no experts; use 1")
-    num_experts = config.model.ffn_shape.num_experts
-    if num_experts % degree:
-        fitting = [d for d in range(1, num_experts + 1) if num_experts % d == 0 and world_size % d == 0]
-        raise ConfigError(
-            f"--expert-parallel: {degree} must divide the {num_experts} experts of a pool; degrees that divide both "
-            f"these and {world_size} ranks: {', '.join(map(str, fitting))}; other settings of model.moe give other "
-            "numbers of experts"
         )
 
 
@@ -114,7 +99,8 @@ def shards_of(task: Task, layout: Layout) -> Shards:
         size = parameter.numel()
         total += size
         num_rows, num_shards = parameter.shape[0] if parameter.ndim else 1, layout.world_size
-        if layout.expert_parallel > 1 and is_expert(name):
+        is_spread = layout.expert_parallel > 1 and is_expert(name)
+        if is_spread:
             size //= layout.expert_parallel
             num_rows //= layout.expert_parallel
             num_shards //= layout.expert_parallel
@@ -124,6 +110,9 @@ def shards_of(task: Task, layout: Layout) -> Shards:
         part = math.ceil(num_rows / num_shards) * (size // num_rows)
         local += part
         unit = ".".join(name.split(".")[:3]) if name.startswith("encoder.blocks.") else "root"
+        if is_spread:
+            # Each pool is a unit of its own, over the ranks that hold the same experts.
+            unit = name.split(".experts.")[0].split(".router.")[0]
         units[unit] += num_shards * part
         unpadded[unit] += size
         if num_shards * part - size > most:
@@ -133,8 +122,8 @@ def shards_of(task: Task, layout: Layout) -> Shards:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter is a stack of expert weights, by its name in the state dict."""
-    return ".experts." in name
+    """Whether a parameter is a stack of expert weights, or of routers one per head, by its name in the state dict."""
+    return ".experts." in name or name.endswith(".router.weight_HDE")
 
 
 def really_shard(task: Task, layout: Layout) -> int:
@@ -146,7 +135,11 @@ def really_shard(task: Task, layout: Layout) -> int:
     """
     try:
         sizes = local_sizes(
-            task, strategy=layout.strategy, world_size=layout.world_size, shard_units=task.encoder.shard_units()
+            task,
+            strategy=layout.strategy,
+            world_size=layout.world_size,
+            shard_units=task.encoder.shard_units(),
+            expert_parallel=layout.expert_parallel,
         )
     except ValueError as error:
         raise ConfigError(f"strategy: {layout.strategy} with {layout.world_size} ranks: {error}") from None

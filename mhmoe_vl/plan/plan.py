@@ -22,8 +22,8 @@ from mhmoe_vl.plan.workload import (
     samples_of,
     samples_per_step,
 )
-from mhmoe_vl.train.build import chosen_strategy
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.layout import strategy_of
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,18 @@ class Plan:
         return tree
 
 
-def make_plan(config: RunConfig, device: Device, *, world_size: int, expert_parallel: int = 1) -> Plan:
+def make_plan(config: RunConfig, device: Device, *, world_size: int) -> Plan:
     """Plan a run on ``world_size`` devices. Reads no data and needs no files but the configuration.
 
     Raises:
         ConfigError: a layout that cannot run, with the numbers and a remedy.
     """
-    layout = layout_of(config, world_size=world_size, expert_parallel=expert_parallel)
+    layout = layout_of(config, world_size)
     draft = _Draft(config, layout, device)
     if draft.memory.total > USABLE * device.memory:
         raise ConfigError(_too_large(draft))
-    if expert_parallel == 1:
-        # Experts over ranks are not in ``parallelize`` yet: for them there is the formula only.
-        kept = really_shard(build_task_without_files(config), layout)
-        assert kept == draft.shards.local, f"rank 0 keeps {kept} values, and {draft.shards.local} by formula"
+    kept = really_shard(build_task_without_files(config), layout)
+    assert kept == draft.shards.local, f"rank 0 keeps {kept} values, and {draft.shards.local} by formula"
     return draft.finish()
 
 
@@ -192,7 +190,7 @@ def _too_large(draft: _Draft) -> str:
         f"(states {gigabytes(memory.states)}, {largest[0]} {gigabytes(largest[1])})"
     )
     for candidate in _alternatives(draft.config, draft.layout):
-        strategy = chosen_strategy(candidate, draft.layout.world_size)
+        strategy = strategy_of(candidate, draft.layout.world_size)
         layout = replace(draft.layout, strategy=strategy, num_micro_batches=candidate.num_micro_batches)
         states, gathered = states_and_gathered(shards_of(draft.task, layout))
         if sum(states.values()) + gathered > limit:
@@ -205,7 +203,7 @@ def _too_large(draft: _Draft) -> str:
         return message + (
             f"FSDP2 cuts parameters along their first dimension, so that {draft.layout.world_size} ranks pad what they "
             f"gather {draft.shards.padding:.1f}-fold (most of all {draft.shards.most_padded}); use fewer ranks or "
-            "--expert-parallel"
+            "expert_parallel"
         )
     return message + "use more ranks"
 

@@ -86,8 +86,6 @@ def _experts(plan: Plan, config: RunConfig) -> list[str]:
         f"experts: {num_experts} per pool, {num_experts // degree} per rank at expert-parallel degree {degree}; "
         f"degrees that divide experts and ranks: {', '.join(f'{d} ({_place(d, plan.device)})' for d in feasible)}",
     ]
-    if degree > 1:
-        lines.append("  experts over ranks are planned by formula, not checked against the sharded model")
     return [*lines, ""]
 
 

@@ -346,13 +346,15 @@ _FUNCTIONS = {
 #: Bytes that functions inside an operation read and write, in cache: the activations of the CPU engine, one pass
 #: forward and two backward, where they are made again.
 _HIDDEN_FUNCTIONS: dict[Any, Callable[..., int]] = {
-    torch.ops.mhmoe_vl.segment_ffn: lambda rows, counts, w1, b1, w2, *_: _activation_bytes(rows, w1),
-    torch.ops.mhmoe_vl.segment_ffn_backward: lambda dy, rows, counts, w1, *_: 2 * _activation_bytes(rows, w1),
+    torch.ops.mhmoe_vl.segment_moe: lambda x, order, counts, weights, w1, *_: _activation_bytes(order, w1),
+    torch.ops.mhmoe_vl.segment_moe_backward: lambda dy, x, order, counts, weights, w1, *_: (
+        2 * _activation_bytes(order, w1)
+    ),
 }
 
 
-def _activation_bytes(rows: Tensor, w1: Tensor) -> int:
-    return 2 * rows.shape[0] * w1.shape[-1] * rows.element_size()
+def _activation_bytes(order_A: Tensor, w1_EDH: Tensor) -> int:
+    return 2 * order_A.shape[0] * w1_EDH.shape[-1] * w1_EDH.element_size()
 
 
 def _replace_weights(module: nn.Module) -> None:

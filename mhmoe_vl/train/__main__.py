@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from mhmoe_vl.config import dump_config, load_config
-from mhmoe_vl.distributed.world import World, open_world
+from mhmoe_vl.distributed.expert_parallel import require_divisor
+from mhmoe_vl.distributed.world import World, launched_world_size, open_world
 from mhmoe_vl.errors import exit_on_user_error
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             sys.stdout.write(dry_run(config))
             return 0
+        # Here, because one process's refusal leaves the others of a group waiting.
+        require_divisor(config.expert_parallel, "processes", launched_world_size())
         with open_world(config.device) as world:
             _log_to_stderr(world)
             train(config, world)

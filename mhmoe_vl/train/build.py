@@ -23,7 +23,6 @@ from mhmoe_vl.data.samples import (
 )
 from mhmoe_vl.data.stream import StreamSource
 from mhmoe_vl.data.text import TextTokenizer
-from mhmoe_vl.distributed.parallel import Strategy
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.embeddings import resize_positions
@@ -75,13 +74,6 @@ def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_ans
     if isinstance(task, Nlvr2Config):
         return Nlvr2Task(model, task)
     return CaptioningTask(model, task)
-
-
-def chosen_strategy(config: RunConfig, world_size: int) -> Strategy:
-    """How parameters are spread over ``world_size`` ranks."""
-    if config.strategy == "auto":
-        return "ddp" if world_size > 1 else "none"
-    return config.strategy
 
 
 def load_answers(path: str | Path) -> list[str]:

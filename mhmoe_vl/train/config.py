@@ -10,6 +10,7 @@ from mhmoe_vl.config import Config
 from mhmoe_vl.data.image import AugmentConfig
 from mhmoe_vl.data.shards import is_url
 from mhmoe_vl.data.stream import STREAMED_KINDS
+from mhmoe_vl.distributed.expert_parallel import nearest_divisors
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.tasks.captioning import CaptioningConfig
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
@@ -88,7 +89,10 @@ class RunConfig(Config):
         out: run directory; a run that exists there is resumed.
         init_from: run directory whose weights to start from (encoder, and heads of the same name and shape).
         precision: ``auto`` is bfloat16 autocast on GPUs that have it, else float32.
-        strategy: how parameters are spread over ranks; ``auto`` is ``ddp`` with several ranks.
+        strategy: how parameters are spread over ranks; ``auto`` is ``ddp`` with several ranks, and ``fsdp`` if experts
+            are spread.
+        expert_parallel: number of ranks over which the experts of each layer are spread; it must divide the number of
+            processes and that of the experts (see ``model.moe.num_experts_multiple``). Results do not depend on it.
         num_micro_batches: forward and backward passes per optimizer step, whatever the number of ranks.
         max_bad_steps: steps in a row that may be skipped because the loss or a gradient is not finite.
         keep_checkpoints: how many of the newest checkpoints to keep.
@@ -106,6 +110,7 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    expert_parallel: Positive = 1
     log_every: Positive = 10
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
@@ -137,4 +142,34 @@ class RunConfig(Config):
             raise ValueError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} must be below max_steps {self.max_steps}"
             )
+        if self.expert_parallel > 1:
+            self._check_expert_parallel()
         return self
+
+    def _check_expert_parallel(self) -> None:
+        degree, model = self.expert_parallel, self.model
+        if self.strategy not in ("auto", "fsdp"):
+            raise ValueError(f"expert_parallel: {degree} needs strategy=fsdp (or auto), not '{self.strategy}'")
+        if model.ffn == "dense":
+            raise ValueError(f"expert_parallel: {degree} needs experts, and model.ffn is dense; use expert_parallel=1")
+        if model.ffn == "mhmoe_head_parallel":
+            if model.moe.num_heads % degree:
+                nearest = nearest_divisors(model.moe.num_heads, degree)
+                raise ValueError(
+                    f"expert_parallel: {degree} must divide the {model.moe.num_heads} heads (model.moe.num_heads) that "
+                    f"{model.ffn} spreads over processes; use {nearest}"
+                )
+            if model.moe.capacity_factor is not None:
+                raise ValueError(
+                    f"expert_parallel: {degree} exchanges whole heads, which cannot have a capacity; use "
+                    "model.moe.capacity_factor=null"
+                )
+        num_experts = model.ffn_shape.num_experts
+        if num_experts % degree:
+            is_derived = model.moe.match == "flops" and model.ffn not in ("smoe", "xmoe")
+            multiple = degree * -(-num_experts // degree)
+            remedy = f"num_experts_multiple={degree}" if is_derived else f"num_experts={multiple}"
+            raise ValueError(
+                f"expert_parallel: {degree} must divide the {num_experts} experts of a layer; use "
+                f"{nearest_divisors(num_experts, degree)}, or model.moe.{remedy}"
+            )

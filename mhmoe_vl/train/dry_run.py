@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from mhmoe_vl.distributed.expert_parallel import require_divisor
+from mhmoe_vl.distributed.world import launched_world_size
 from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.layout import describe_layout
 
 
 def dry_run(config: RunConfig) -> str:
@@ -32,6 +35,12 @@ def dry_run(config: RunConfig) -> str:
             f"{shape.num_heads} heads; against the reference SMoE FLOPs {shape.flops_mismatch:+.2%}, parameters "
             f"{shape.params_mismatch:+.2%}"
         )
+    world_size = launched_world_size()
+    if world_size == 1:
+        # Looked at without torchrun: the smallest number of processes that can run it.
+        world_size = config.expert_parallel
+    require_divisor(config.expert_parallel, "processes", world_size)
+    lines.append(describe_layout(config, world_size))
     if config.init_from is not None:
         num_taken = len(initial_weights(task, config.init_from))
         lines.append(f"starts from {config.init_from}: {num_taken} of {len(task.state_dict())} tensors")

@@ -49,7 +49,7 @@ def build_optimizer(task: Task, config: OptimizerConfig) -> torch.optim.AdamW:
     stacked experts are vectors too, although stored as ``[E, F]``.
     """
     heads = set(task.head_parameters())
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -57,7 +57,9 @@ def build_optimizer(task: Task, config: OptimizerConfig) -> torch.optim.AdamW:
         depth = (
             config.head_factor if parameter in heads else config.layer_decay ** _layers_above(name, task.config.depth)
         )
-        groups.setdefault((decay, depth), []).append(parameter)
+        # Experts that are spread over ranks lie on a mesh of their own, and one fused update takes one mesh.
+        mesh = str(getattr(parameter, "device_mesh", ""))
+        groups.setdefault((decay, depth, mesh), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]} for key in sorted(groups)],
         lr=config.learning_rate,

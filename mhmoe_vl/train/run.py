@@ -29,8 +29,9 @@ from mhmoe_vl.models.cost import EncoderCost, encoder_cost
 from mhmoe_vl.moe import RoutingStats
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
-from mhmoe_vl.train.build import build_dataset, build_plan, build_task, chosen_strategy, transfer_weights
+from mhmoe_vl.train.build import build_dataset, build_plan, build_task, transfer_weights
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.layout import describe_layout, strategy_of
 from mhmoe_vl.train.metrics import MetricsWriter, ProgressBar
 from mhmoe_vl.train.optimizer import build_optimizer, build_schedule
 from mhmoe_vl.train.precision import autocast_for
@@ -63,9 +64,13 @@ def train(config: RunConfig, world: World) -> None:
     cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
     if world.is_main:
         run_directory.write_text(directory / run_directory.COST, json.dumps(asdict(cost), indent=2) + "\n")
-        _announce(config, task, dataset, cost)
+        _announce(config, task, dataset, cost, world)
     module = parallelize(
-        task, strategy=chosen_strategy(config, world.world_size), world=world, shard_units=task.encoder.shard_units()
+        task,
+        strategy=strategy_of(config, world.world_size),
+        world=world,
+        shard_units=task.encoder.shard_units(),
+        expert_parallel=config.expert_parallel,
     )
     optimizer = build_optimizer(task, config.optimizer)
     first_step = _resume(config, module, optimizer, plan, world)
@@ -296,7 +301,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: EncoderCost) -> None:
+def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: EncoderCost, world: World) -> None:
     model = config.model
     total = sum(parameter.numel() for parameter in task.parameters())
     logger.info(
@@ -312,6 +317,7 @@ def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: Encode
             shape.num_experts, shape.ffn_dim, shape.top_k, shape.num_heads,
             100 * shape.flops_mismatch, 100 * shape.params_mismatch,
         )  # fmt: skip
+    logger.info("%s", describe_layout(config, world.world_size))
     total_weight = sum(source.weight for source in config.data.train.values())
     for name, size in dataset.num_items().items():
         found = "streamed, not exactly resumable" if size is None else f"{size} items"

@@ -124,6 +124,7 @@ _FREE = (
     "out",
     "device",
     "strategy",
+    "expert_parallel",
     "log_every",
     "validate_every",
     "checkpoint_every",

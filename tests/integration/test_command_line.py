@@ -86,6 +86,44 @@ MISTAKES: dict[str, tuple[Change, int, str]] = {
         "data.train.text.shards: 'pipe:' runs a shell command",
     ),
     "no weights to start from": (set_key("init_from", to=lambda folder: str(folder)), 74, "model.safetensors"),
+    "experts that cannot be shared out": (
+        set_key("expert_parallel", to=3),
+        64,
+        "expert_parallel: 3 must divide the 4 experts of a layer; use 2 or 4, or model.moe.num_experts=6",
+    ),
+    "spread experts under ddp": (
+        lambda tree, _: tree.update(expert_parallel=2, strategy="ddp"),
+        64,
+        "expert_parallel: 2 needs strategy=fsdp (or auto), not 'ddp'",
+    ),
+    "heads that cannot be shared out": (
+        lambda tree, _: (
+            tree.update(expert_parallel=4),
+            tree["model"].update(ffn="mhmoe_head_parallel"),
+        ),
+        64,
+        "expert_parallel: 4 must divide the 2 heads (model.moe.num_heads) that mhmoe_head_parallel spreads over "
+        "processes; use 2",
+    ),
+    "heads with a capacity": (
+        lambda tree, _: (
+            tree.update(expert_parallel=2),
+            tree["model"].update(ffn="mhmoe_head_parallel"),
+            tree["model"]["moe"].update(capacity_factor=1.0),
+        ),
+        64,
+        "expert_parallel: 2 exchanges whole heads, which cannot have a capacity",
+    ),
+    "nothing to spread": (
+        lambda tree, _: (tree.update(expert_parallel=2), tree["model"].update(ffn="dense")),
+        64,
+        "expert_parallel: 2 needs experts, and model.ffn is dense",
+    ),
+    "too few processes": (
+        set_key("expert_parallel", to=2),
+        64,
+        "expert_parallel: 2 must divide the number of processes, 1; use 1",
+    ),
     "unwritable run directory": (
         lambda tree, folder: tree.update(out=write_config(folder / "file", {}) + "/run"),
         73,
@@ -102,6 +140,18 @@ def test_a_mistake_is_one_line(shards: Path, tmp_path: Path, capsys: pytest.Capt
     found, line = fails_with_one_line(capsys, ["--config", write_config(tmp_path / "x.yaml", tree)])
     assert message in line
     assert found == code
+
+
+def test_the_number_of_processes_is_checked_before_they_form_a_group(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one would wait for five others."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    config = write_config(tmp_path / "x.yaml", pretraining(shards, tmp_path / "run"))
+    message = "error: expert_parallel: 4 must divide the number of processes, 6; use 3 or 6\n"
+    for arguments in ([], ["--dry-run"]):
+        assert fails_with_one_line(capsys, ["--config", config, "expert_parallel=4", *arguments]) == (64, message)
 
 
 def test_a_corrected_mistake_may_use_the_same_directory(
@@ -153,8 +203,12 @@ def test_a_dry_run_prints_sizes_and_looks_at_the_data(
         "train.image: 24 items",
         "train.text: 24 items",
         "validation.pair: 8 items",
+        "layout: 1 process, strategy none\n",
     ):
         assert expected in printed
+    assert main(["--config", config, "--dry-run", "expert_parallel=2"]) == 0
+    layout = "layout: 2 processes, strategy fsdp, the 4 experts of each pool spread over 2 (2 experts on each)\n"
+    assert layout in capsys.readouterr().out
     task = build_task(validate_config(RunConfig, tree))
     assert f"parameters {sum(p.numel() for p in task.parameters()):,} (encoder" in printed
     for override, code in (
@@ -169,7 +223,8 @@ def test_a_dry_run_prints_sizes_and_looks_at_the_data(
 @pytest.mark.slow
 def test_torchrun_trains(shards: Path, tmp_path: Path) -> None:
     """Two real processes."""
-    config = write_config(tmp_path / "x.yaml", pretraining(shards, tmp_path / "run", max_steps=2, strategy="fsdp"))
+    tree = pretraining(shards, tmp_path / "run", max_steps=2, strategy="fsdp", expert_parallel=2)
+    config = write_config(tmp_path / "x.yaml", tree)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
         [*command, "-m", "mhmoe_vl.train", "--config", config],

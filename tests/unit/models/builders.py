@@ -26,7 +26,9 @@ def make_config(ffn: str = "dense", *, moe: dict[str, Any] | None = None, **chan
         "dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 24, "image_size": 16, "patch_size": 4,
         "vocab_size": VOCAB_SIZE, "max_text_length": 12, "num_visual_codes": 11,
     }  # fmt: skip
-    moe = {"num_experts": 4, "top_k": 2, "choices": 2, "num_heads": 4, "match": "none"} | (moe or {})
+    # Heads that share their experts with nobody need more of them.
+    num_experts = 12 if ffn == "mhmoe_head_parallel" else 4
+    moe = {"num_experts": num_experts, "top_k": 2, "choices": 2, "num_heads": 4, "match": "none"} | (moe or {})
     return ModelConfig(ffn=ffn, moe=moe, **(fields | changes))
 
 

@@ -23,13 +23,22 @@ SIZES = {"dim": 64, "depth": 4, "num_heads": 4, "ffn_dim": 256, "ffn": "dense"}
         ({"modalities": []}, "modalities=() must name 'vision', 'text' or both, once each"),
         ({"modalities": ["text", "text"]}, "modalities=('text', 'text') must name"),
         ({"modalities": ["sound"]}, "modalities.0: 'sound': Input should be 'vision' or 'text'"),
-        ({"ffn": "moe"}, "ffn: 'moe': Input should be 'dense', 'smoe', 'xmoe', 'fine_grained' or 'mhmoe'"),
+        ({"ffn": "moe"}, "ffn: 'moe': Input should be 'dense', 'smoe', 'xmoe', 'fine_grained', 'mhmoe' or"),
         ({"depth": 0}, "depth: 0: Input should be greater than 0"),
         ({"drop_path": 1.0}, "drop_path: 1.0: Input should be less than 1"),
         ({"moe": {"num_expert": 4}}, "moe.num_expert: unknown key (did you mean 'num_experts'?)"),
         ({"ffn": "smoe", "moe": {"top_k": 9}}, "reference_top_k=9 must lie between 1 and reference_num_experts=8"),
         ({"ffn": "mhmoe", "moe": {"num_heads": 7}}, "num_heads=7 must divide dim=64"),
         ({"ffn": "mhmoe", "ffn_dim": 64}, "use a wider reference"),
+        ({"ffn": "smoe", "moe": {"num_experts_multiple": 3}}, "num_experts_multiple: 3 does not divide the 8 experts"),
+        (
+            {"ffn": "mhmoe_head_parallel", "moe": {"router": "cosine"}},
+            "moe.router: 'cosine' has no form per head; ffn=mhmoe_head_parallel needs 'linear'",
+        ),
+        (
+            {"ffn": "mhmoe_head_parallel", "moe": {"num_experts": 6, "match": "none"}},
+            "num_heads=4 must divide num_experts=6: each head has experts of its own",
+        ),
         ({"ffn": "mhmoe", "moe": {"num_heads": 64}}, "moe: no sizes match the reference SMoE to 2 % in whole percent"),
     ],
 )
@@ -59,3 +68,13 @@ def test_the_router_that_a_kind_means() -> None:
         "mhmoe": "linear",
     }
     assert make_config("mhmoe", moe={"router": "cosine"}).router == "cosine"
+
+
+def test_derived_numbers_of_experts_are_rounded_for_expert_parallelism() -> None:
+    sizes = {"dim": 768, "depth": 2, "num_heads": 12, "ffn_dim": 3072, "ffn": "mhmoe"}
+    exact, rounded = (
+        validate_config(ModelConfig, sizes | {"moe": {"num_experts_multiple": multiple}}).ffn_shape
+        for multiple in (1, 8)
+    )
+    assert (exact.num_experts, rounded.num_experts) == (41, 40)
+    assert rounded.is_matched

@@ -22,7 +22,7 @@ def build(num_heads: int | None = None, *, dtype: torch.dtype = torch.float64, s
     with torch.no_grad():
         for parameter in layer.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(0.5 * noise if parameter.dim() else parameter + 0.2 * noise)
+            parameter.copy_(0.5 * noise if parameter.numel() > 1 else parameter + 0.2 * noise)
     return layer
 
 

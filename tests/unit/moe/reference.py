@@ -110,7 +110,7 @@ class Reference:
     def _cosine_scores(self, row: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         projected = row @ self._moe("router.projection_DR")
         embedding = self._moe("router.embedding_ER")
-        temperature = torch.exp(self._moe("router.log_temperature"))
+        temperature = torch.exp(self._moe("router.log_temperature")).squeeze()
         fixed_temperature = 0.3 if self.gate == "softmax" else 0.07
         cosines = []
         for e in range(self.num_experts):

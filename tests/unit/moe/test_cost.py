@@ -10,24 +10,33 @@ import torch
 from torch import nn
 
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, count_flops, ffn_cost
+from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS
 from tests.unit.moe.builders import random
 
-SPARSE_KINDS = ("smoe", "xmoe", "fine_grained", "mhmoe")
+SPARSE_KINDS = ("smoe", "xmoe", "fine_grained", "mhmoe", "mhmoe_head_parallel")
 SWITCHES = list(product([None, "linear", "cosine"], [False, True], [False, True]))
+NUM_EXPERTS = {kind: 12 if kind == "mhmoe_head_parallel" else 9 for kind in SPARSE_KINDS}
 
 
 def build_kind(kind: str, router: str | None, *, glu: bool, bias: bool, backend: str = "loop") -> nn.Module:
     router = router or ("cosine" if kind == "xmoe" else "linear")
-    if kind == "mhmoe":
-        return MultiHeadMoE(16, 24, 9, 4, 2, router=router, glu=glu, bias=bias, backend=backend)
+    if kind in MULTI_HEAD_KINDS:
+        pools = "shared" if kind == "mhmoe" else "per_head"
+        options = {"pools": pools, "router": router, "glu": glu, "bias": bias, "backend": backend}
+        return MultiHeadMoE(16, 24, NUM_EXPERTS[kind], 4, 2, **options)
     return MoE(16, 24, 9, 2, router=router, glu=glu, bias=bias, backend=backend)
 
 
 @pytest.mark.parametrize(("router", "glu", "bias"), SWITCHES)
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_sparse_cost_equals_the_built_module(kind: str, router: str | None, glu: bool, bias: bool) -> None:
-    num_heads = 4 if kind == "mhmoe" else 1
-    cost = ffn_cost(kind, 16, 24, 9, 2, num_heads, router=router, glu=glu, bias=bias)
+    num_heads = 4 if kind in MULTI_HEAD_KINDS else 1
+    sizes = (kind, 16, 24, NUM_EXPERTS[kind], 2, num_heads)
+    if kind == "mhmoe_head_parallel" and router == "cosine":
+        with pytest.raises(ValueError, match="router='cosine'"):
+            ffn_cost(*sizes, router=router)
+        return
+    cost = ffn_cost(*sizes, router=router, glu=glu, bias=bias)
     x = random(3, 5, 16, dtype=torch.float32)
     for backend in ("loop", "grouped_mm"):
         layer = build_kind(kind, router, glu=glu, bias=bias, backend=backend)

@@ -129,11 +129,16 @@ def test_a_mismatch_is_reported() -> None:
     assert shape.flops_mismatch > 0.1
 
 
-@pytest.mark.parametrize(("kind", "glu"), [("mhmoe", False), ("mhmoe", True), ("fine_grained", False)])
+@pytest.mark.parametrize(
+    ("kind", "glu"),
+    [("mhmoe", False), ("mhmoe", True), ("mhmoe_head_parallel", False), ("fine_grained", False)],
+)
 def test_mismatch_is_that_of_the_built_modules(kind: str, glu: bool) -> None:
     shape = match_ffn(kind, 96, 384, 4, 1, 3, 2, glu=glu)
-    if kind == "mhmoe":
-        layer = MultiHeadMoE(96, shape.ffn_dim, shape.num_experts, shape.num_heads, shape.top_k, glu=glu)
+    if kind != "fine_grained":
+        pools = "shared" if kind == "mhmoe" else "per_head"
+        sizes = (shape.ffn_dim, shape.num_experts, shape.num_heads, shape.top_k)
+        layer = MultiHeadMoE(96, *sizes, pools=pools, glu=glu)
     else:
         layer = MoE(96, shape.ffn_dim, shape.num_experts, shape.top_k, glu=glu)
     reference = MoE(96, 384, 4, 1, glu=glu)
@@ -163,7 +168,9 @@ def test_any_sizes_give_a_buildable_layer_or_a_clear_error(
     except ValueError as error:
         assert "=" in str(error)  # noqa: PT017 - names the argument that is wrong
         return
-    assert 1 <= shape.top_k <= shape.num_experts
+    num_pools = shape.num_heads if kind == "mhmoe_head_parallel" else 1
+    assert shape.num_experts % num_pools == 0
+    assert 1 <= shape.top_k <= shape.num_experts // num_pools
     assert shape.ffn_dim >= 1
     assert shape.dim % shape.num_heads == 0
 
@@ -178,6 +185,14 @@ def test_any_sizes_give_a_buildable_layer_or_a_clear_error(
         ({"top_k": 0}, "top_k=0 must be positive"),
         ({"reference_top_k": 9}, "reference_top_k=9 must lie between 1 and reference_num_experts=8"),
         ({"match": "none", "top_k": 9}, "top_k=9 must be at most num_experts=8"),
+        (
+            {"kind": "mhmoe_head_parallel", "match": "none", "top_k": 3},
+            "top_k=3 must be at most the experts of a head=2",
+        ),
+        (
+            {"kind": "mhmoe_head_parallel", "match": "none", "num_heads": 3},
+            "num_heads=3 must divide num_experts=8: each head has experts of its own",
+        ),
     ],
 )
 def test_impossible_matches_are_refused(options: dict[str, Any], message: str) -> None:
@@ -190,3 +205,10 @@ def test_impossible_matches_are_refused(options: dict[str, Any], message: str) -
     }
     with pytest.raises(ValueError, match=message):
         match_ffn(**(sizes | options))
+
+
+@pytest.mark.parametrize(("num_heads", "top_k"), [(2, 1), (4, 1), (4, 2), (6, 3)])
+def test_heads_with_experts_of_their_own_are_matched_too(num_heads: int, top_k: int) -> None:
+    shape = match_ffn("mhmoe_head_parallel", 768, 3072, 16, 1, num_heads, top_k, num_experts_multiple=4)
+    assert shape.is_matched
+    assert shape.num_experts % num_heads == shape.num_experts % 4 == 0

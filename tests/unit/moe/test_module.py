@@ -136,4 +136,5 @@ def test_the_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     layer = namespace["layer"]
     listed = set(re.findall(r"^\| `([\w.]+)` \|", readme, flags=re.MULTILINE))
     cosine = MultiHeadMoE(16, 24, 4, 2, router="cosine")
-    assert set(layer.state_dict()) | set(cosine.state_dict()) == listed
+    per_head = MultiHeadMoE(16, 24, 4, 2, pools="per_head")
+    assert set(layer.state_dict()) | set(cosine.state_dict()) | set(per_head.state_dict()) == listed
