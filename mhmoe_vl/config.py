@@ -1,15 +1,16 @@
 """Strict configuration: YAML files and ``a.b=c`` overrides, merged by OmegaConf, checked by pydantic.
 
 A YAML file may name other files in ``base:`` (paths relative to itself). They are merged in order, the file itself
-on top, and the command line last; mappings merge, lists and scalars replace. Every key must exist in the schema:
-a typo is an error that names the nearest key.
+on top, and the command line last; mappings merge, lists and scalars replace. An entry of a mapping by name, such as
+``data.train.text``, is taken away with ``null``. Every key must exist in the schema: a typo is an error that names the
+nearest key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -27,6 +28,8 @@ class Config(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+_Keys: TypeAlias = tuple[str, ...]
+
 
 def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read ``path`` with its bases, apply ``a.b=c`` overrides, and validate against ``schema``.
@@ -34,8 +37,9 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
     Raises:
         ConfigError: missing or malformed file, unknown key, or a value that the schema refuses.
     """
-    tree = _load_tree(Path(path), chain=())
-    return validate_config(schema, apply_overrides(tree, overrides), where=str(path))
+    removable = list(_named_mappings(schema))
+    tree = _apply_overrides(_load_tree(Path(path), removable, chain=()), overrides, removable)
+    return validate_config(schema, _without_removed(tree, removable, where=str(path)), where=str(path))
 
 
 def validate_config(schema: type[ConfigT], tree: dict[str, Any], where: str = "config") -> ConfigT:
@@ -57,21 +61,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], removable: Sequence[_Keys]) -> dict[str, Any]:
     """``tree`` with each ``a.b=c`` applied; values are parsed as YAML."""
-    merged: Any = OmegaConf.create(tree)
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"override '{override}' must look like key.sub=value")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            tree = _merge(tree, OmegaConf.from_dotlist([override]), removable, where=f"override '{override}'")
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override '{override}': {_first_line(error)}") from None
-    return _plain(merged)
+    return tree
 
 
-def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _load_tree(path: Path, removable: Sequence[_Keys], chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise ConfigError(f"{path}: 'base' files form a circle: {' -> '.join(map(str, [*chain, path.resolve()]))}")
     try:
@@ -87,10 +90,82 @@ def _load_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list | ListConfig) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: 'base' must be a file name or a list of file names")
-    merged: Any = OmegaConf.create({})
+    merged: dict[str, Any] = {}
     for base in bases:
-        merged = OmegaConf.merge(merged, _load_tree(path.parent / base, (*chain, path.resolve())))
-    return _plain(OmegaConf.merge(merged, loaded))
+        tree = _load_tree(path.parent / base, removable, (*chain, path.resolve()))
+        merged = _merge(merged, OmegaConf.create(tree), removable, where=str(path.parent / base))
+    return _merge(merged, loaded, removable, where=str(path))
+
+
+def _merge(lower: dict[str, Any], upper: DictConfig, removable: Sequence[_Keys], where: str) -> dict[str, Any]:
+    """``upper`` on top of ``lower``.
+
+    Raises:
+        ConfigError: an empty mapping where ``lower`` has entries: merging it would change nothing, without a word.
+    """
+    entries: Any = OmegaConf.to_container(upper, resolve=False)
+    _refuse_empty(lower, entries, removable, where)
+    for keys in removable:
+        below, above = _at(lower, keys), _at(entries, keys)
+        for name in [name for name, value in above.items() if value is None and below.get(name) is not None]:
+            # Both go, so that a later file may name the entry anew. Where there is nothing to take away, null stays:
+            # the file may be merged onto another that has the entry.
+            del below[name], above[name]
+    return _plain(OmegaConf.merge(OmegaConf.create(lower), OmegaConf.create(entries)))
+
+
+def _refuse_empty(
+    lower: dict[str, Any], upper: dict[str, Any], removable: Sequence[_Keys], where: str, parents: _Keys = ()
+) -> None:
+    for key, value in upper.items():
+        below, keys = lower.get(key), (*parents, str(key))
+        if not isinstance(value, dict) or not isinstance(below, dict):
+            continue
+        if below and not value:
+            name = ".".join(keys)
+            remedy = "set its keys one by one"
+            if parents in removable or keys in removable:
+                remedy = f"take an entry away with {name if parents in removable else name + '.NAME'}=null"
+            raise ConfigError(
+                f"{where}: {name}: an empty mapping changes nothing of what it is merged onto "
+                f"({', '.join(map(str, below))}); {remedy}"
+            )
+        _refuse_empty(below, value, removable, where, keys)
+
+
+def _without_removed(tree: dict[str, Any], removable: Sequence[_Keys], where: str) -> dict[str, Any]:
+    """The merged ``tree``, in which a ``null`` that is left has taken nothing away.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for keys in removable:
+        entries = _at(tree, keys)
+        for name in [name for name, value in entries.items() if value is None]:
+            known = [other for other, value in entries.items() if value is not None]
+            raise ConfigError(
+                f"{where}: {'.'.join((*keys, name))}: null takes an entry away, and there is none of this name"
+                f"{suggest(name, known)}; entries: {', '.join(known) or 'none'}"
+            )
+    return tree
+
+
+def _at(tree: dict[str, Any], keys: _Keys) -> dict[str, Any]:
+    """The mapping that ``keys`` lead to; an empty one if there is none."""
+    node: Any = tree
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
+
+
+def _named_mappings(schema: type[BaseModel], keys: _Keys = ()) -> Iterator[_Keys]:
+    """Where the schema has mappings of configurations by name, whose entries a file may add and take away."""
+    for name, field in schema.model_fields.items():
+        if get_origin(field.annotation) is dict:
+            yield (*keys, name)
+            continue
+        for model in _models_in(field.annotation):
+            yield from _named_mappings(model, (*keys, name))
 
 
 def _plain(node: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mhmoe_vl.config import Config
 from mhmoe_vl.moe import FfnShape, match_ffn
-from mhmoe_vl.moe.cost import default_router
+from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS, default_router
 
 Positive = Annotated[int, Field(gt=0)]
 Modality = Literal["vision", "text"]
@@ -85,6 +85,11 @@ class ModelConfig(Config):
     def _check(self) -> Self:
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide dim={self.dim}")
+        if self.ffn in MULTI_HEAD_KINDS and self.dim % self.moe.num_heads:
+            raise ValueError(
+                f"moe.num_heads={self.moe.num_heads} must divide dim={self.dim}, which ffn={self.ffn} splits into "
+                "that many sub-tokens"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
         if self.vl_ffn_layers > self.depth:
@@ -94,7 +99,10 @@ class ModelConfig(Config):
         if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
             raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":
-            shape = self.ffn_shape
+            try:
+                shape = self.ffn_shape
+            except ValueError as error:
+                raise ValueError(f"moe: {error}") from None
             if self.moe.match == "flops" and not shape.is_matched:
                 raise ValueError(
                     f"moe: no sizes match the reference SMoE to 2 % in whole percent (best: ffn_dim={shape.ffn_dim}, "

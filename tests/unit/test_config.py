@@ -72,6 +72,55 @@ def test_bases_merge_in_order_and_paths_are_relative_to_their_file(tmp_path: Pat
     )
 
 
+def test_null_takes_an_entry_of_a_base_away(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", {"num_steps": 1, "by_name": {"x": {"rate": 1.0}, "y": {"rate": 2.0}}})
+    child = write(tmp_path / "child.yaml", {"base": "base.yaml", "by_name": {"x": None}})
+    assert load_config(Outer, child).by_name == {"y": Inner(rate=2.0)}
+    assert load_config(Outer, tmp_path / "base.yaml", ["by_name.y=null"]).by_name == {"x": Inner(rate=1.0)}
+    # What was taken away may come again, with nothing of the old entry.
+    grandchild = write(tmp_path / "grandchild.yaml", {"base": "child.yaml", "by_name": {"x": {"names": ["a"]}}})
+    assert load_config(Outer, grandchild).by_name["x"] == Inner(names=("a",))
+    # A file may take away what another base has.
+    write(tmp_path / "without.yaml", {"by_name": {"y": None}})
+    both = write(tmp_path / "both.yaml", {"base": ["base.yaml", "without.yaml"]})
+    assert load_config(Outer, both).by_name == {"x": Inner(rate=1.0)}
+
+
+def test_null_takes_a_source_of_a_shipped_file_away() -> None:
+    path = ROOT / "configs/pretrain/base.yaml"
+    config = load_config(RunConfig, path, ["data.train.text=null", "data.validation.pair=null"])
+    assert (list(config.data.train), config.data.validation) == (["image", "pair"], {})
+
+
+@pytest.mark.parametrize("override", ["by_name.z=null", "by_name.xx=null"])
+def test_null_that_takes_nothing_away_is_an_error(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path / "x.yaml", {"num_steps": 1, "by_name": {"x": {"rate": 1.0}}})
+    with pytest.raises(ConfigError, match=r"by_name\.(z|xx): null takes an entry away, .*; entries: x$"):
+        load_config(Outer, path, [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("by_name.x", "take an entry away with by_name.x=null"),
+        ("by_name", "take an entry away with by_name.NAME=null"),
+        ("inner", "set its keys one by one"),
+    ],
+)
+def test_an_empty_mapping_without_effect_is_an_error(tmp_path: Path, key: str, remedy: str) -> None:
+    path = write(tmp_path / "x.yaml", {"num_steps": 1, "inner": {"rate": 1.0}, "by_name": {"x": {"rate": 1.0}}})
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, path, [f"{key}={{}}"])
+    assert f"{key}: an empty mapping changes nothing" in str(caught.value)
+    assert str(caught.value).endswith(remedy)
+    name, *inside = key.split(".")
+    child = write(tmp_path / "child.yaml", {"base": "x.yaml", name: {inside[0]: {}} if inside else {}})
+    with pytest.raises(ConfigError, match=r"child\.yaml: .*changes nothing"):
+        load_config(Outer, child)
+    # A new entry of defaults is an effect.
+    assert load_config(Outer, path, ["by_name.z={}"]).by_name["z"] == Inner()
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "x.yaml", f"num_steps: 1\ninner: {{rate: {text}}}\n")
@@ -193,7 +242,15 @@ def test_impossible_combinations_are_refused() -> None:
     for changes, message in (
         ({"data": {**data, "train": {}}}, "data.train: needs at least one source"),
         ({"data": {**data, "text_length": 2000}}, "data.text_length: 2000 exceeds model.max_text_length 1024"),
-        ({"model": {**run_tree()["model"], "num_heads": 3}}, "num_heads=3 must divide dim=16"),
+        ({"model": {**run_tree()["model"], "num_heads": 3}}, "model: num_heads=3 must divide dim=16"),
+        (
+            {"model": {**run_tree()["model"], "ffn": "mhmoe", "moe": {"num_heads": 3}}},
+            r"model: moe\.num_heads=3 must divide dim=16, which ffn=mhmoe splits",
+        ),
+        (
+            {"model": {**run_tree()["model"], "ffn": "smoe", "moe": {"num_experts": 2, "top_k": 3}}},
+            r"model: moe: reference_top_k=3 must lie between 1 and reference_num_experts=2",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             validate_config(RunConfig, run_tree(**changes))
