@@ -12,11 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+#: Exit code of a process that Ctrl-C ended, as shells have it: 128 and the number of the signal.
+INTERRUPTED = 130
+
 
 class UserError(Exception):
-    """Something the user can mend. ``exit_code`` follows sysexits where one fits."""
+    """Something the user can mend. ``exit_code`` follows sysexits where one fits.
+
+    Attributes:
+        is_shared: all ranks raise it with the same message, so that one of them may print it for all.
+    """
 
     exit_code = 64
+    is_shared = False
 
 
 class ConfigError(UserError):
@@ -54,10 +62,20 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turn a :class:`UserError` into one line on stderr and its exit code."""
+def exit_on_user_error(*, rank: int = 0, is_shared: bool = False) -> Iterator[None]:
+    """Turn a :class:`UserError` into one line on stderr and its exit code.
+
+    Args:
+        rank: of this process; what all ranks raise is printed by rank 0 alone.
+        is_shared: whatever the body raises, it raises on all ranks.
+    """
     try:
         yield
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if rank == 0 or not (is_shared or error.is_shared):
+            sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if rank == 0:
+            sys.stderr.write("interrupted\n")
+        raise SystemExit(INTERRUPTED) from None

@@ -82,7 +82,8 @@ def fail_together(error_type: type[UserError], what: str | None = None) -> Itera
     hold a collective only if that fails on all ranks alike.
 
     Args:
-        what: begins the message. Without it, the ranks that failed raise their own error as it is.
+        what: begins the message. Without it, the ranks that failed raise their own error as it is, and the others one
+            of the first one's kind, for its exit code.
     """
     problem = None
     cause: Exception | None = None
@@ -91,13 +92,23 @@ def fail_together(error_type: type[UserError], what: str | None = None) -> Itera
     except Exception as error:
         cause = error
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        problem = " ".join(reason.split())
-    problems = [reported for reported in gather_objects(problem) if reported is not None]
-    if problems and what is None and cause is not None:
+        problem = [" ".join(reason.split()), type(error).__name__]
+    reported = gather_objects(problem)
+    problems = [of_rank for of_rank in reported if of_rank is not None]
+    if not problems:
+        return
+    if what is None and cause is not None:
+        if isinstance(cause, UserError):
+            # Rank 0 prints its own error, or else everybody's.
+            cause.is_shared = reported[0] in (None, problem)
         raise cause
-    if problems:
-        prefix = "" if what is None else f"{what}: "
-        raise error_type(prefix + "; ".join(dict.fromkeys(problems))) from cause
+    if what is None:
+        kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        error_type = kinds.get(problems[0][1], error_type)
+    prefix = "" if what is None else f"{what}: "
+    shared = error_type(prefix + "; ".join(dict.fromkeys(message for message, _ in problems)))
+    shared.is_shared = True
+    raise shared from cause
 
 
 def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -75,6 +75,11 @@ def launched_world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
 
 
+def launched_rank() -> int:
+    """This process among those that torchrun started, known before they form a group; 0 without torchrun."""
+    return int(os.environ["RANK"]) if _is_launched() else 0
+
+
 def _is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -86,10 +91,13 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise ConfigError(
+        error = ConfigError(
             f"device: local rank {local_rank} has no GPU ({num_gpus} visible); "
             f"use device=cpu or torchrun --nproc-per-node {max(num_gpus, 1)}"
         )
+        # The first of a machine's ranks without a GPU speaks for the others.
+        error.is_shared = local_rank > num_gpus
+        raise error
     return torch.device("cuda", local_rank)
 
 

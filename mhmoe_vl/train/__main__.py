@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mhmoe_vl.config import dump_config, load_config
 from mhmoe_vl.distributed.expert_parallel import require_divisor
-from mhmoe_vl.distributed.world import World, launched_world_size, open_world
+from mhmoe_vl.distributed.world import World, launched_rank, launched_world_size, open_world
 from mhmoe_vl.errors import exit_on_user_error
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
@@ -26,19 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check data and sizes, print costs, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file")
     arguments = parser.parse_args(argv)
-    with exit_on_user_error():
+    rank = launched_rank()
+    with exit_on_user_error(rank=rank, is_shared=True):
         config = load_config(RunConfig, arguments.config, arguments.overrides)
-        if arguments.print_config:
-            sys.stdout.write(dump_config(config))
-            return 0
-        if arguments.dry_run:
-            sys.stdout.write(dry_run(config))
+        if arguments.print_config or arguments.dry_run:
+            text = dump_config(config) if arguments.print_config else dry_run(config)
+            sys.stdout.write(text if rank == 0 else "")
             return 0
         # Here, because one process's refusal leaves the others of a group waiting.
         require_divisor(config.expert_parallel, "processes", launched_world_size())
-        with open_world(config.device) as world:
-            _log_to_stderr(world)
-            train(config, world)
+    with exit_on_user_error(rank=rank), open_world(config.device) as world:
+        _log_to_stderr(world)
+        train(config, world)
     return 0
 
 

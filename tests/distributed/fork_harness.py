@@ -88,6 +88,8 @@ def _child(function: Callable[[World], Any], rank: int, world_size: int, store: 
             world_size=world_size,
             timeout=timedelta(seconds=20),
         )
+        # Without a collective in it, a quick rank would leave while others still connect to it.
+        dist.barrier()
         result = function(World(rank, world_size, rank, torch.device("cpu")))
         dist.destroy_process_group()
         sender.send_bytes(pickle.dumps((True, result)))

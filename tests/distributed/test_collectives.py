@@ -16,7 +16,7 @@ from mhmoe_vl.distributed.collectives import (
     share_of_rank,
 )
 from mhmoe_vl.distributed.world import World
-from mhmoe_vl.errors import DataError, OutputError
+from mhmoe_vl.errors import DataError, OutputError, UserError
 from tests.distributed.fork_harness import RankError, run_ranks
 
 
@@ -66,6 +66,35 @@ def test_a_failure_on_one_rank_is_raised_on_all() -> None:
         return str(caught.value)
 
     assert run_ranks(body, 3) == ["report.json: row 7 is empty; OSError: disk full"] * 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "raised", "printed_by"),
+    [
+        # (own message or None) per rank; what each rank raises; which ranks must print.
+        (["a", "a"], ["a", "a"], [0]),
+        ([None, "b"], ["b", "b"], [0]),
+        (["a", None], ["a", "a"], [0]),
+        (["a", "b"], ["a", "b"], [0, 1]),
+    ],
+)
+def test_a_shared_failure_has_one_kind_and_somebody_to_print_it(
+    messages: list[str | None], raised: list[str], printed_by: list[int]
+) -> None:
+    @fail_together(UserError)
+    def read(message: str | None) -> None:
+        if message is not None:
+            raise DataError(message)
+
+    def body(world: World) -> tuple[str, int, bool]:
+        with pytest.raises(UserError) as caught:
+            read(messages[world.rank])
+        return str(caught.value), caught.value.exit_code, world.rank == 0 or not caught.value.is_shared
+
+    found = run_ranks(body, 2)
+    assert [message for message, _, _ in found] == raised
+    assert {code for _, code, _ in found} == {DataError.exit_code}
+    assert [rank for rank, (_, _, prints) in enumerate(found) if prints] == printed_by
 
 
 def test_one_process_needs_no_group() -> None:

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 
 from mhmoe_vl.config import validate_config
+from mhmoe_vl.distributed.world import World
+from mhmoe_vl.errors import exit_on_user_error
 from mhmoe_vl.train.__main__ import main
 from mhmoe_vl.train.build import build_task
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import read_metrics
+from mhmoe_vl.train.run import train as run_training
+from tests.distributed.fork_harness import run_ranks
 from tests.integration.runs import pretraining, train, write_config
 from tests.integration.test_steps import spoiled
 
@@ -218,6 +222,39 @@ def test_a_dry_run_prints_sizes_and_looks_at_the_data(
         ("model.num_visual_codes=99", 64),
     ):
         assert fails_with_one_line(capsys, ["--config", config, "--dry-run", override])[0] == code
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_processes_find_one_says(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Dry runs, printed configurations and mistakes, under torchrun; every process exits alike."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = write_config(tmp_path / "x.yaml", pretraining(shards, tmp_path / "run"))
+    assert main(["--config", config, "--dry-run"]) == 0
+    assert main(["--config", config, "--print-config"]) == 0
+    assert capsys.readouterr().out.count("layout: 2 processes") == (1 if rank == 0 else 0)
+    for arguments, code in ((["seeed=1"], 64), (["--dry-run", "data.train.text.shards=absent"], 65)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--config", config, *arguments])
+        assert stopped.value.code == code
+        assert capsys.readouterr().err.count("error: ") == (1 if rank == 0 else 0)
+
+
+def test_what_one_process_finds_it_says(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once they form a group: shards that are not on every machine, and a run directory that only rank 0 looks at."""
+    tree = pretraining(shards, tmp_path / "run")
+
+    def finds(world: World, wrong: Callable[[World], dict[str, Any]]) -> object:
+        with pytest.raises(SystemExit) as stopped, exit_on_user_error(rank=world.rank):
+            run_training(validate_config(RunConfig, wrong(world)), world)
+        return stopped.value.code
+
+    absent = set_key("data", "text_tokenizer", to="absent")
+    absent(tree, tmp_path)
+    assert run_ranks(lambda world: finds(world, lambda _: tree), 2) == [64, 64]
+    assert capfd.readouterr().err.count("error: absent: No such file") == 1
 
 
 @pytest.mark.slow
