@@ -25,14 +25,14 @@ class RunRecord:
     """Everything that one run has written about itself.
 
     Attributes:
-        environment: ``environment.json``; empty if the run has none.
+        starts: environments of the starts that trained, in the order of steps; empty if the run has none.
         train, validation, experts: records of ``metrics.jsonl``, in the order of steps.
         card: result of the evaluation; None for pretraining and for runs that are not evaluated yet.
     """
 
     directory: Path
     config: RunConfig
-    environment: dict[str, Any]
+    starts: list[dict[str, Any]]
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     experts: list[dict[str, Any]]
@@ -48,17 +48,21 @@ class RunRecord:
 
     @property
     def environment_json(self) -> str:
-        return json.dumps(self.environment, indent=2, ensure_ascii=False)
+        return json.dumps(self.starts[0] if len(self.starts) == 1 else self.starts, indent=2, ensure_ascii=False)
 
     @property
-    def command(self) -> str:
-        """The command line that started the run, for a shell; empty if the run did not record it."""
-        program, *arguments = self.environment.get("command") or [""]
-        if program != "__main__.py":
-            return shlex.join([program, *arguments] if program else [])
-        num_processes = self.environment.get("world_size", 1)
-        start = ["torchrun", "--nproc-per-node", str(num_processes)] if num_processes > 1 else ["python"]
-        return shlex.join([*start, "-m", "mhmoe_vl.train", *arguments])
+    def commands(self) -> list[str]:
+        """The different command lines that trained the run, in their order, for a shell."""
+        return list(dict.fromkeys(_command(start) for start in self.starts if start.get("command")))
+
+
+def _command(start: dict[str, Any]) -> str:
+    program, *arguments = start["command"]
+    if program != "__main__.py":
+        return shlex.join([program, *arguments])
+    num_processes = start.get("world_size", 1)
+    launcher = ["torchrun", "--nproc-per-node", str(num_processes)] if num_processes > 1 else ["python"]
+    return shlex.join([*launcher, "-m", "mhmoe_vl.train", *arguments])
 
 
 def read_run(directory: Path, *, task: str) -> RunRecord:
@@ -71,11 +75,11 @@ def read_run(directory: Path, *, task: str) -> RunRecord:
     config = run_directory.load_run(directory)
     if config.task.kind != task:
         raise ConfigError(f"{directory}: is a run of task '{config.task.kind}'; give it as --{config.task.kind}")
-    environment_file, card_file = directory / run_directory.ENVIRONMENT, directory / f"{task}_score.json"
+    card_file = directory / f"{task}_score.json"
     return RunRecord(
         directory=directory,
         config=config,
-        environment=_read_object(environment_file) if environment_file.is_file() else {},
+        starts=run_directory.starts_of(directory),
         train=read_metrics(directory, "train"),
         validation=read_metrics(directory, "validation"),
         experts=read_metrics(directory, "experts"),

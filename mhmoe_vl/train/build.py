@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -134,6 +135,18 @@ def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:
         batch_size=config.data.batch_size,
         seed=config.seed,
     )
+
+
+def data_checksums(dataset: ShardDataset) -> dict[str, str | None]:
+    """One checksum per source over those of its shards, in their order, wherever they lie; None for a stream."""
+    checksums: dict[str, str | None] = {}
+    for name, source in dataset.sources.items():
+        if isinstance(source, StreamSource):
+            checksums[name] = None
+            continue
+        of_shards = "".join(f"{shard.sha256} {shard.num_items}\n" for shard in source.shards)
+        checksums[name] = hashlib.sha256(of_shards.encode()).hexdigest()[:16]
+    return checksums
 
 
 def _build_samples(

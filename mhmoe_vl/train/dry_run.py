@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mhmoe_vl.distributed.expert_parallel import require_divisor
+from mhmoe_vl.distributed.manifest import committed
 from mhmoe_vl.distributed.world import launched_world_size
 from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.layout import describe_layout
+from mhmoe_vl.train.run_directory import CHECKPOINTS
 
 
 def dry_run(config: RunConfig) -> str:
@@ -41,7 +45,10 @@ def dry_run(config: RunConfig) -> str:
         world_size = config.expert_parallel
     require_divisor(config.expert_parallel, "processes", world_size)
     lines.append(describe_layout(config, world_size))
-    if config.init_from is not None:
+    saved = committed(Path(config.out) / CHECKPOINTS)
+    if saved:
+        lines.append(f"resumes {config.out} from {saved[-1].name}")
+    elif config.init_from is not None:
         num_taken = len(initial_weights(task, config.init_from))
         lines.append(f"starts from {config.init_from}: {num_taken} of {len(task.state_dict())} tensors")
     for split, sources in (("train", config.data.train), ("validation", config.data.validation)):

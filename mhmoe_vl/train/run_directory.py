@@ -1,7 +1,8 @@
 """The run directory: everything needed to resume, evaluate or publish a run, without the machine that made it.
 
 config.yaml            the resolved configuration; evaluation rebuilds the model from this file alone
-environment.json       versions, git commit, command, world size
+environment.json       versions, git commit, command, world size of the last start that trained, from which step on and
+                       with which settings changed; those of earlier starts under "earlier"
 cost.json              parameters, FLOPs and assignments per token
 metrics.jsonl          one record per logged step and validation
 tensorboard/
@@ -13,10 +14,11 @@ text_tokenizer.json, answers.json, visual_codebook.safetensors   copies of what 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import platform
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,25 +28,22 @@ import torch
 
 from mhmoe_vl.config import dump_config, load_config
 from mhmoe_vl.data.shards import write_atomically
-from mhmoe_vl.errors import ConfigError, OutputError
+from mhmoe_vl.errors import ConfigError, DataError, OutputError
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import METRICS
 
 CONFIG, ENVIRONMENT, COST, WEIGHTS = "config.yaml", "environment.json", "cost.json", "model.safetensors"
+CHECKPOINTS = "checkpoints"
 TOKENIZER, ANSWERS, CODEBOOK = "text_tokenizer.json", "answers.json", "visual_codebook.safetensors"
+
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("mhmoe_vl", "torch", "torchvision", "timm", "open_clip_torch", "webdataset", "tokenizers", "numpy")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is either old or complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def prepare(config: RunConfig, *, world_size: int) -> RunConfig:
+def prepare(config: RunConfig) -> RunConfig:
     """Create the directory of a run, or check that an existing one is the same run; return the configuration with
-    its auxiliary files pointing into the directory.
+    its auxiliary files pointing into the directory. What is known about the run is left as it is.
 
     Raises:
         OutputError: the directory cannot be written, or holds another run.
@@ -55,15 +54,69 @@ def prepare(config: RunConfig, *, world_size: int) -> RunConfig:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{directory}: cannot create the run directory: {error.strerror}") from None
-    path = directory / CONFIG
-    # A start that failed before the first step leaves a configuration, which the next try may correct.
+    # A start that failed before the first step may leave files, which the next try may correct.
     has_begun = (directory / METRICS).exists()
     if has_begun:
-        _require_same_run(config, load_config(RunConfig, path))
-    local = _with_local_files(config, directory, may_replace=not has_begun)
-    write_text(path, dump_config(local))
-    write_text(directory / ENVIRONMENT, json.dumps(environment(world_size), indent=2) + "\n")
-    return local
+        _require_same_run(config, load_config(RunConfig, directory / CONFIG))
+    return _with_local_files(config, directory, has_begun=has_begun)
+
+
+def record_start(config: RunConfig, *, first_step: int, world_size: int, cost: dict[str, Any]) -> None:
+    """Write down with what a run trains from ``first_step`` on; a start that has nothing left to do leaves no trace.
+
+    Args:
+        config: from :func:`prepare`.
+        cost: of the model.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    directory = Path(config.out)
+    start: dict[str, Any] = {"first_step": first_step, **environment(world_size)}
+    if (directory / METRICS).exists():
+        if first_step >= config.max_steps:
+            return
+        before = _read_environment(directory)
+        changes = _setting_changes(config, load_config(RunConfig, directory / CONFIG))
+        start["changed"] = {key: {"was": was, "is": now} for key, (was, now) in changes.items()}
+        start["earlier"] = [*before.pop("earlier", []), before] if before else []
+    write_atomically(directory / COST, _pretty(cost))
+    write_atomically(directory / ENVIRONMENT, _pretty(start))
+    write_atomically(directory / CONFIG, dump_config(config).encode())
+
+
+def starts_of(directory: Path) -> list[dict[str, Any]]:
+    """Where and by what command a run was trained, in the order of steps: one environment for each start that trained,
+    without those whose steps were all done again by a later one."""
+    last = _read_environment(directory)
+    starts: list[dict[str, Any]] = []
+    for start in [*last.pop("earlier", []), last] if last else []:
+        # Environments of earlier versions do not say where they began.
+        first_step = start.get("first_step", 0)
+        starts = [kept for kept in starts if kept.get("first_step", 0) < first_step] + [start]
+    return starts
+
+
+def _read_environment(directory: Path) -> dict[str, Any]:
+    """Empty if there is none.
+
+    Raises:
+        DataError: not a JSON object.
+    """
+    path = directory / ENVIRONMENT
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _pretty(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 def load_run(directory: str | Path) -> RunConfig:
@@ -92,9 +145,9 @@ def environment(world_size: int) -> dict[str, Any]:
     }
 
 
-def _with_local_files(config: RunConfig, directory: Path, *, may_replace: bool) -> RunConfig:
+def _with_local_files(config: RunConfig, directory: Path, *, has_begun: bool) -> RunConfig:
     """Copy the small files that the run depends on, so that the directory stands alone."""
-    copy = partial(_copy, may_replace=may_replace)
+    copy = partial(_copy, has_begun=has_begun)
     data = config.data.model_copy(update={"text_tokenizer": copy(config.data.text_tokenizer, directory / TOKENIZER)})
     task = config.task
     if task.kind == "vqa":
@@ -104,12 +157,15 @@ def _with_local_files(config: RunConfig, directory: Path, *, may_replace: bool) 
     return config.model_copy(update={"data": data, "task": task})
 
 
-def _copy(source: str, target: Path, *, may_replace: bool) -> str:
+def _copy(source: str, target: Path, *, has_begun: bool) -> str:
     try:
         content = Path(source).read_bytes()
     except OSError as error:
+        if has_begun and target.exists():
+            logger.warning("%s: %s; going on with the run's own copy, %s", source, error.strerror, target)
+            return str(target)
         raise ConfigError(f"{source}: {error.strerror}, but the configuration names it for {target.stem}") from None
-    if not target.exists() or (may_replace and target.read_bytes() != content):
+    if not target.exists() or (not has_begun and target.read_bytes() != content):
         write_atomically(target, content)
     elif target.read_bytes() != content:
         raise OutputError(
@@ -119,9 +175,8 @@ def _copy(source: str, target: Path, *, may_replace: bool) -> str:
     return str(target)
 
 
-#: Settings that may change when a run is continued; everything else would make it another run.
+#: Patterns of settings that may change when a run is continued; those of neither list would make it another run.
 _FREE = (
-    "out",
     "device",
     "strategy",
     "expert_parallel",
@@ -130,29 +185,56 @@ _FREE = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_steps",
+    "data.num_workers",
+    "data.validation_batch_size",
 )
+#: Settings with which a run that diverged, or whose shards have moved, goes on, with a warning. That the shards hold
+#: the same data is checked against the checkpoint.
+_FREE_WITH_WARNING = (
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+    "max_bad_steps",
+    "precision",
+    "data.train.*.shards",
+    "data.validation.*.shards",
+)
+#: Where the run is, and its own copies of files.
+_PLACES = ("out", "data.text_tokenizer", "task.answers", "task.visual_codebook")
 
 
 def _require_same_run(new: RunConfig, old: RunConfig) -> None:
-    left, right = (_flatten(c.model_dump(mode="json")) for c in (new, old))
-    changed = [
-        f"{key} was {right.get(key)!r}, is {left.get(key)!r}"
-        for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and key.split(".")[0] not in _FREE and key not in _FREE_DATA
-    ]
-    if changed:
+    changes = _setting_changes(new, old)
+    refused = {key: change for key, change in changes.items() if not _matches(key, (*_FREE, *_FREE_WITH_WARNING))}
+    if refused:
         raise OutputError(
-            f"{new.out}: holds another run ({'; '.join(changed[:3])}); choose another out= or restore those settings"
+            f"{new.out}: holds another run ({describe_changes(refused)}); choose another out= or restore those settings"
         )
+    warned = {key: change for key, change in changes.items() if not _matches(key, _FREE)}
+    if warned:
+        logger.warning("%s: goes on with other settings: %s", new.out, describe_changes(warned))
 
 
-_FREE_DATA = (
-    "data.num_workers",
-    "data.validation_batch_size",
-    "data.text_tokenizer",
-    "task.answers",
-    "task.visual_codebook",
-)
+def _setting_changes(new: RunConfig, old: RunConfig) -> dict[str, tuple[Any, Any]]:
+    changes = differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    return {key: change for key, change in changes.items() if not _matches(key, _PLACES)}
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two trees disagree on: dotted key -> value before and now, None where there is none."""
+    old, new = _flatten(before), _flatten(now)
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def describe_changes(changes: dict[str, tuple[Any, Any]]) -> str:
+    """The first few, for people; empty if there are none."""
+    shown = [f"{key} was {was!r}, is {now!r}" for key, (was, now) in list(changes.items())[:3]]
+    return "; ".join(shown) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -80,18 +80,28 @@ def cost_of(directory: str | Path) -> dict[str, Any]:
     median over the log lines. Both are comparable only between runs on one quiet machine.
     """
     cost = json.loads((Path(directory) / run_directory.COST).read_text())
-    environment = json.loads((Path(directory) / run_directory.ENVIRONMENT).read_text())
     records = read_metrics(Path(directory), "train")
     first_steps = [0, *(record["step"] for record in records)]
     lengths = [last - first for first, last in pairwise(first_steps)]
-    world_size, device = environment["world_size"], environment["gpu"] or environment["processor"]
     return {
         **{name: cost[name] for name in _COUNTS},
         "train_seconds": round(sum(n * r["step_seconds"] for n, r in zip(lengths, records, strict=True)), 1),
         "train_samples_per_second": round(median(r["samples_per_second"] for r in records), 1) if records else None,
-        "trained_on": f"{world_size} x {device}"
-        + ("" if environment["gpu"] else f", {environment['num_threads']} threads"),
+        "trained_on": _machines(Path(directory)),
     }
+
+
+def _machines(directory: Path) -> str:
+    """On how many of what the steps were done; where that changed, from which step on."""
+    machines: list[str] = []
+    last = None
+    for start in run_directory.starts_of(directory):
+        machine = f"{start['world_size']} x {start['gpu'] or start['processor']}"
+        machine += "" if start["gpu"] else f", {start['num_threads']} threads"
+        if machine != last:
+            machines.append(machine if last is None else f"from step {start['first_step']:,} on {machine}")
+        last = machine
+    return "; ".join(machines)
 
 
 def seed_of(directory: str | Path) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from mhmoe_vl.data.loader import ShardDataset, evaluation_loader
+from mhmoe_vl.distributed.collectives import any_rank
 from mhmoe_vl.distributed.parallel import unwrap
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.tasks.base import Task
@@ -20,10 +22,18 @@ _LIKELIHOODS = ("mim", "mlm", "pair_mim", "pair_mlm", "captioning")
 
 
 @torch.no_grad()
-def validate(config: RunConfig, module: nn.Module, held_out: ShardDataset, world: World) -> dict[str, float]:
+def validate(
+    config: RunConfig, module: nn.Module, held_out: ShardDataset, world: World, *, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
     """Mean loss, accuracy and perplexity of every objective over every held-out sample. Collective.
 
     Masks are the same at every call and for every number of ranks; samples are counted once.
+
+    Args:
+        should_stop: asked before every batch.
+
+    Returns:
+        None, on all ranks, once any of them should stop.
     """
     module.eval()
     task = unwrap(module)
@@ -39,6 +49,8 @@ def validate(config: RunConfig, module: nn.Module, held_out: ShardDataset, world
             num_workers=config.data.num_workers,
         )
         for micro_batch in loader:
+            if any_rank(should_stop()):
+                return None
             batches = {name: batch.to(world.device) for name, batch in micro_batch.items()}
             # Losses are read as sum and count, so the totals that scale the gradient do not matter here.
             ones = dict.fromkeys(task.num_targets([batches]), 1.0)

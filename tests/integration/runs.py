@@ -20,8 +20,8 @@ from mhmoe_vl.tasks.base import MicroBatch
 from mhmoe_vl.train import run
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import read_metrics
-from mhmoe_vl.train.run import STOPPED
 from mhmoe_vl.train.step import StepResult
+from mhmoe_vl.train.stop import STOPPED
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -83,8 +83,14 @@ def write_config(path: Path, tree: dict[str, Any]) -> str:
     return str(path)
 
 
-def train(tree: dict[str, Any], world: World = ALONE, *, stop_after: int | None = None) -> Consumed:
-    """Train, and return what this rank was given; ``stop_after`` so many steps rank 0 gets a SIGTERM."""
+def train(
+    tree: dict[str, Any],
+    world: World = ALONE,
+    *,
+    stop_after: int | None = None,
+    stop_signal: signal.Signals = signal.SIGTERM,
+) -> Consumed:
+    """Train, and return what this rank was given; ``stop_after`` so many steps rank 0 gets a signal."""
     consumed: Consumed = []
     whole_step = run.train_step
 
@@ -95,7 +101,7 @@ def train(tree: dict[str, Any], world: World = ALONE, *, stop_after: int | None 
                 ids.setdefault(source, []).extend(batch.sample_ids)
         consumed.append(ids)
         if len(consumed) == stop_after and world.is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), stop_signal)
         return whole_step(module, optimizer, micro_batches, **options)
 
     with mock.patch.object(run, "train_step", recorded):

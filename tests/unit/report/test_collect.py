@@ -49,20 +49,31 @@ def test_a_broken_score_card_is_one_line_that_names_it(run: Path, content: str) 
 
 
 @pytest.mark.parametrize(
-    ("environment", "command"),
+    ("environment", "commands"),
     [
-        ({"command": ["__main__.py", "--config", "a b.yaml"]}, "python -m mhmoe_vl.train --config 'a b.yaml'"),
+        ({"command": ["__main__.py", "--config", "a b.yaml"]}, ["python -m mhmoe_vl.train --config 'a b.yaml'"]),
         (
             {"command": ["__main__.py", "--config", "x.yaml", "seed=3"], "world_size": 4},
-            "torchrun --nproc-per-node 4 -m mhmoe_vl.train --config x.yaml seed=3",
+            ["torchrun --nproc-per-node 4 -m mhmoe_vl.train --config x.yaml seed=3"],
         ),
-        ({"command": ["sweep.py", "7"]}, "sweep.py 7"),
-        ({}, ""),
+        ({"command": ["sweep.py", "7"]}, ["sweep.py 7"]),
+        (
+            {
+                "command": ["__main__.py", "--config", "x.yaml"],
+                "first_step": 7,
+                "earlier": [{"command": ["__main__.py", "--config", "x.yaml"], "world_size": 2, "first_step": 0}],
+            },
+            [
+                "torchrun --nproc-per-node 2 -m mhmoe_vl.train --config x.yaml",
+                "python -m mhmoe_vl.train --config x.yaml",
+            ],
+        ),
+        ({}, []),
     ],
 )
-def test_the_command_can_be_given_to_a_shell(run: Path, environment: dict[str, Any], command: str) -> None:
+def test_the_commands_can_be_given_to_a_shell(run: Path, environment: dict[str, Any], commands: list[str]) -> None:
     (run / "environment.json").write_text(json.dumps(environment))
-    assert read_run(run, task="vqa").command == command
+    assert read_run(run, task="vqa").commands == commands
 
 
 def parity(**changes: Any) -> str:
