@@ -1,10 +1,11 @@
-"""python -m eval.captioning --run runs/captioning --data data/coco-karpathy-test
+"""python -m eval.captioning --run runs/captioning --data data/karpathy-test
 
 Predict (writes the official results JSON into the run directory) and score with BLEU, ROUGE-L, CIDEr, and METEOR and
 SPICE where Java and their files are present. As separate steps:
   python -m eval.captioning predict --run runs/captioning --data SHARDS --predictions results.json     needs the model
-  python -m eval.captioning score --predictions results.json --data SHARDS --train-data data/coco-karpathy-train
-Under torchrun the split is shared out over the processes.
+  python -m eval.captioning score --predictions results.json --data SHARDS --train-data data/karpathy-train
+Under torchrun, which takes --run for its own, the split is shared out over the processes:
+  torchrun --nproc-per-node 2 -m eval.captioning --run-dir runs/captioning --data data/karpathy-test
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from mhmoe_vl.distributed.world import World, open_world
-from mhmoe_vl.errors import ConfigError, exit_on_user_error
+from mhmoe_vl.distributed.collectives import fail_together
+from mhmoe_vl.distributed.world import World, launched_rank, open_world
+from mhmoe_vl.errors import ConfigError, DataError, UserError, exit_on_user_error
 from mhmoe_vl.evaluation.score_card import ScoreCard
 from mhmoe_vl.train.trained import cost_of, seed_of, train_shards
 
@@ -53,7 +54,10 @@ def evaluate(evaluation: Evaluation, argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog=f"python -m eval.{task}")
     parser.add_argument("step", nargs="?", choices=("predict", "score", "all"), default="all")
-    parser.add_argument("--run", type=Path, help="directory of a fine-tuning run")
+    # Torchrun takes --run for an abbreviation of its own --run-path, wherever it stands.
+    parser.add_argument(
+        "--run", "--run-dir", type=Path, help="directory of a fine-tuning run; under torchrun write --run-dir"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="shards of the split")
     parser.add_argument("--predictions", type=Path, help=f"results file (default: RUN/{evaluation.predictions_name})")
     parser.add_argument("--train-data", nargs="+", help="shards that the baselines count (default: the run's)")
@@ -61,17 +65,17 @@ def evaluate(evaluation: Evaluation, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=evaluation.batch_size)
     evaluation.add_arguments(parser)
     args = parser.parse_args(argv)
-    with exit_on_user_error(), open_world() as world:
-        if args.run is None and (args.step != "score" or args.predictions is None):
-            raise ConfigError("--run: is required, unless step is 'score' and --predictions is given")
+    with exit_on_user_error(rank=launched_rank()), open_world() as world:
+        with fail_together(UserError):
+            if args.run is None and (args.step != "score" or args.predictions is None):
+                raise ConfigError("--run: is required, unless step is 'score' and --predictions is given")
         args.predictions = args.predictions or args.run / evaluation.predictions_name
         if args.step in ("predict", "all"):
             evaluation.predict(args.run, args.predictions, args, world)
             evaluation.predict_blind(args, world)
         if args.step in ("score", "all") and world.is_main:
-            train_data = args.train_data or (train_shards(args.run) if args.run else None)
             card = replace(
-                evaluation.score(args, train_data),
+                _score(evaluation, args),
                 command=shlex.join(["python", "-m", f"eval.{task}", *argv]),
                 seed=seed_of(args.run) if args.run else None,
                 cost=cost_of(args.run) if args.run else {},
@@ -81,6 +85,22 @@ def evaluate(evaluation: Evaluation, argv: Sequence[str] | None = None) -> int:
             if out is not None:
                 card.write(out)
     return 0
+
+
+def _score(evaluation: Evaluation, args: argparse.Namespace) -> ScoreCard:
+    """The score beside its baselines, or alone if the training shards that the run names cannot be read any more."""
+    if args.train_data or not args.run:
+        return evaluation.score(args, args.train_data)
+    shards = train_shards(args.run)
+    try:
+        if not shards:
+            raise DataError("the run was trained on URLs alone")
+        return evaluation.score(args, shards)
+    except DataError as error:
+        # Raises the same again if it is not the training shards that are to blame.
+        card = evaluation.score(args, None)
+        note = f"no baselines counted on training shards: {error}; name the shards with --train-data"
+        return replace(card, notes=(*card.notes, note))
 
 
 def positive(text: str) -> int:

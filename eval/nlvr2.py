@@ -3,7 +3,8 @@
 Predict (writes the official CSV, ``identifier,True``, into the run directory) and score. As separate steps:
   python -m eval.nlvr2 predict --run runs/nlvr2 --data data/nlvr2-test --predictions predictions.csv     needs the model
   python -m eval.nlvr2 score --predictions predictions.csv --data data/nlvr2-dev --train-data data/nlvr2-train
-Under torchrun the split is shared out over the processes.
+Under torchrun, which takes --run for its own, the split is shared out over the processes:
+  torchrun --nproc-per-node 2 -m eval.nlvr2 --run-dir runs/nlvr2 --data data/nlvr2-dev
 """
 
 from __future__ import annotations

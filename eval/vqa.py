@@ -3,7 +3,8 @@
 Predict (writes the official results JSON into the run directory) and score. As separate steps:
   python -m eval.vqa predict --run runs/vqa --data data/vqa-test --predictions results.json     needs the model
   python -m eval.vqa score --predictions results.json --data data/vqa-val --train-data data/vqa-train     does not
-Under torchrun the split is shared out over the processes.
+Under torchrun, which takes --run for its own, the split is shared out over the processes:
+  torchrun --nproc-per-node 2 -m eval.vqa --run-dir runs/vqa --data data/vqa-val
 """
 
 from __future__ import annotations

@@ -51,7 +51,12 @@ def export_weights(path: Path, module: nn.Module, *, world: World) -> None:
         if world.is_main:
             partial = path.with_name(f"{path.name}.tmp")
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Safetensors makes a file that only its owner may read; an ordinary one tells what the umask allows.
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file(weights, partial, metadata={"format": "pt", _TIED: json.dumps(tied)})
+            partial.chmod(mode)
             flush(partial)
             partial.replace(path)
             flush(path.parent)

@@ -13,9 +13,10 @@ from typing import Any
 from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.data.loader import evaluation_loader
 from mhmoe_vl.data.text import TextTokenizer
+from mhmoe_vl.distributed.collectives import fail_together
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.distributed.world import World
-from mhmoe_vl.errors import CheckpointError, ConfigError
+from mhmoe_vl.errors import CheckpointError, ConfigError, UserError
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_dataset, build_task, load_tokenizer
@@ -52,25 +53,26 @@ class TrainedRun:
 
 
 def load_trained(directory: str | Path, world: World, *, task_kind: str) -> TrainedRun:
-    """Rebuild a finished run's model from its directory alone.
+    """Rebuild a finished run's model from its directory alone. Collective.
 
     Raises:
         ConfigError: not a run directory, a run of another task, or one that has not finished.
         CheckpointError: the weights do not fit the configuration.
     """
-    config = run_directory.load_run(directory)
-    if config.task.kind != task_kind:
-        raise ConfigError(f"{directory}: is a run of task '{config.task.kind}', and '{task_kind}' is needed")
-    weights = Path(directory) / run_directory.WEIGHTS
-    if not weights.is_file():
-        raise ConfigError(f"{weights}: no weights; finish the run with python -m mhmoe_vl.train first")
-    task = build_task(config)
-    try:
-        task.load_state_dict(load_weights(weights))
-    except RuntimeError as error:
-        raise CheckpointError(f"{weights}: {' '.join(str(error).split())[:300]}") from None
-    task.to(world.device).eval()
-    return TrainedRun(config, task, load_tokenizer(config), world)
+    with fail_together(UserError):
+        config = run_directory.load_run(directory)
+        if config.task.kind != task_kind:
+            raise ConfigError(f"{directory}: is a run of task '{config.task.kind}', and '{task_kind}' is needed")
+        weights = Path(directory) / run_directory.WEIGHTS
+        if not weights.is_file():
+            raise ConfigError(f"{weights}: no weights; finish the run with python -m mhmoe_vl.train first")
+        task = build_task(config)
+        try:
+            task.load_state_dict(load_weights(weights))
+        except RuntimeError as error:
+            raise CheckpointError(f"{weights}: {' '.join(str(error).split())[:300]}") from None
+        task.to(world.device).eval()
+        return TrainedRun(config, task, load_tokenizer(config), world)
 
 
 def cost_of(directory: str | Path) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def cost_of(directory: str | Path) -> dict[str, Any]:
         **{name: cost[name] for name in _COUNTS},
         "train_seconds": round(sum(n * r["step_seconds"] for n, r in zip(lengths, records, strict=True)), 1),
         "train_samples_per_second": round(median(r["samples_per_second"] for r in records), 1) if records else None,
-        "trained_on": _machines(Path(directory)),
+        "trained_on": _machines(Path(directory)) or None,
     }
 
 

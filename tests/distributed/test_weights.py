@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,17 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
         assert "head.weight" not in file.keys()  # noqa: SIM118
     weights = load_weights(path)
     assert weights["head.weight"] is weights["embedding.weight"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_the_weights_is_for_the_umask_to_say(tmp_path: Path, umask: int, mode: int) -> None:
+    path = tmp_path / "model.safetensors"
+    before = os.umask(umask)
+    try:
+        export_weights(path, make_toy(), world=ONE_PROCESS)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_pickles_and_broken_files_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,29 @@ def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, 
     first = predictions(tuned[task], task)
     assert PROGRAMS[task].main([*arguments, "--batch-size", "3"]) == 0
     assert predictions(tuned[task], task) == first
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates(shards: Path, tuned: dict[str, Path]) -> None:
+    """Two real processes; the program's own options must get past torchrun, which completes abbreviations of its."""
+    card_file = tuned["vqa"] / "on_two.json"
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "eval.vqa", "--run-dir", str(tuned["vqa"])),
+            *("--data", str(shards / "vqa-val"), "--out", str(card_file)),
+        ],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("answers") == 1
+    card = json.loads(card_file.read_text())
+    assert card["n"] == sum(read_index(shard).num_items for shard in find_shards(str(shards / "vqa-val")))
 
 
 def predictions(run: Path, task: str) -> list[Any]:

@@ -12,7 +12,9 @@ import pytest
 
 from eval import captioning, nlvr2, vqa
 from eval.text_baselines import text_baselines
+from mhmoe_vl.config import dump_config, validate_config
 from mhmoe_vl.evaluation.prior import TextPrior
+from mhmoe_vl.train.config import RunConfig
 from tests.unit.evaluation.splits import pack_caption_split, pack_nlvr2_split, pack_vqa_split
 
 SCRIPTS = {"vqa": vqa, "nlvr2": nlvr2, "captioning": captioning}
@@ -92,6 +94,61 @@ def test_without_training_data_there_are_no_baselines(
     assert (card["score"], card["majority"], card["blind"]) == (75, None, None)
     rows = shown(capsys.readouterr().out)
     assert (rows["majority"], rows["blind (text only)"]) == ("not available", "not available")
+
+
+def write_run(folder: Path, train_shards: str) -> Path:
+    """As much of a fine-tuning run as scoring reads."""
+    tree = {
+        "out": str(folder),
+        "task": {"kind": "vqa", "answers": "answers.json"},
+        "model": {"dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 32, "ffn": "dense"},
+        "data": {
+            "train": {"x": {"kind": "vqa", "shards": train_shards}},
+            "text_tokenizer": "tokenizer.json",
+            "batch_size": 4,
+        },
+        "max_steps": 10,
+    }
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(validate_config(RunConfig, tree)))
+    cost = ("num_params", "num_active_params", "flops_per_token", "num_assignments_per_token")
+    (folder / "cost.json").write_text(json.dumps(dict.fromkeys(cost, 1)))
+    return folder
+
+
+def test_the_run_s_own_training_shards_may_be_gone(
+    vqa_split: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The score comes all the same, and says beside it what is missing."""
+    predictions = Path(vqa_split["predictions"])
+    whole = score(
+        vqa, tmp_path, predictions, vqa_split["val"], "--run", str(write_run(tmp_path / "a", vqa_split["train"]))
+    )
+    assert (whole["score"], whole["majority"]) == (75, 25)
+    run = write_run(tmp_path / "b", str(tmp_path / "gone"))
+    card = score(vqa, tmp_path, predictions, vqa_split["val"], "--run", str(run))
+    assert (card["score"], card["majority"], card["blind"]) == (75, None, None)
+    (note,) = card["notes"]
+    assert note.startswith(f"no baselines counted on training shards: no shards at {tmp_path / 'gone'}")
+    assert note.endswith("name the shards with --train-data")
+    assert shown(capsys.readouterr().out)["majority"] == "not available"
+    # Shards that somebody names must be there, and so must those that are scored.
+    for options in (
+        ["--train-data", str(tmp_path / "gone"), "--data", vqa_split["val"]],
+        ["--data", str(tmp_path / "no")],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            vqa.main(["score", "--run", str(run), "--predictions", str(predictions), *options])
+        assert stopped.value.code == 65
+
+
+def test_the_run_has_two_names(vqa_split: dict[str, str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", vqa_split["train"])
+    cards = [
+        score(vqa, tmp_path, Path(vqa_split["predictions"]), vqa_split["val"], option, str(run))
+        for option in ("--run", "--run-dir")
+    ]
+    assert cards[0] == {**cards[1], "command": cards[0]["command"]}
 
 
 def test_nlvr2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
