@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ from markupsafe import Markup
 
 import mhmoe_vl
 from mhmoe_vl.distributed.world import World
+from mhmoe_vl.errors import DataError
 from mhmoe_vl.report.collect import RunRecord, cost_parity
 from mhmoe_vl.report.figures import score_bars
 from mhmoe_vl.report.masked import MaskedSample, masked_samples
 from mhmoe_vl.report.progress import expert_use, progress
 from mhmoe_vl.report.samples import PREDICTIONS, caption_samples, evaluated_shards, nlvr2_samples, vqa_samples
 from mhmoe_vl.train import run_directory
+
+logger = logging.getLogger(__name__)
 
 #: Runs as the page calls them.
 TASK_NAMES = {
@@ -55,15 +59,31 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
     The same runs give the same bytes.
 
     Raises:
-        UserError: a run or its shards cannot be read.
+        UserError: a run, or shards that ``options`` name, cannot be read.
     """
+    notes: list[str] = []
+    masked: dict[str, list[MaskedSample]] = {}
+    try:
+        masked = _masked(runs, world, options)
+    except DataError as error:
+        notes.append(_left_out("pretrain", error))
+    samples: dict[str, list[Any]] = {}
+    for run in (run for run in runs if run.task in _SAMPLES_OF):
+        try:
+            samples[run.task] = _samples(run, options)
+        except DataError as error:
+            # Shards that somebody named must be there; those of a run's own validation may be gone by now.
+            if run.task in options.shards:
+                raise
+            notes.append(_left_out(run.task, error))
     sections = {
         "scores": [(run, run.card, score_bars(run.card)) for run in runs if run.card is not None],
         "parity": list(dict.fromkeys(cost_parity(run.config.model) for run in runs)),
         "progress": [(run, of_run) for run in runs if (of_run := progress(run)) is not None],
         "experts": [(run, use) for run in runs if (use := expert_use(run)) is not None],
-        "masked": _masked(runs, world, options),
-        "samples": {run.task: _samples(run, options) for run in runs if run.task in _SAMPLES_OF},
+        "masked": masked,
+        "samples": samples,
+        "notes": notes,
     }
     return (
         _environment()
@@ -73,7 +93,11 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
 
 
 def _masked(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> dict[str, list[MaskedSample]]:
-    """Of the pretraining run, once it has weights."""
+    """Of the pretraining run, once it has weights.
+
+    Raises:
+        DataError: the shards cannot be read.
+    """
     if options.num_samples == 0:
         return {}
     finished = [run for run in runs if run.task == "pretrain" and (run.directory / run_directory.WEIGHTS).is_file()]
@@ -85,11 +109,22 @@ def _masked(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> 
 
 
 def _samples(run: RunRecord, options: ReportOptions) -> list[Any]:
-    """Of a fine-tuning run, once it has predictions for shards that are known."""
+    """Of a fine-tuning run, once it has predictions for shards that are known.
+
+    Raises:
+        DataError: the shards cannot be read, or the predictions are those of other shards.
+    """
     shards = evaluated_shards(run, options.shards.get(run.task))
     if options.num_samples == 0 or not shards or not (run.directory / PREDICTIONS[run.task]).is_file():
         return []
     return _SAMPLES_OF[run.task](run, shards, num_samples=options.num_samples)
+
+
+def _left_out(task: str, error: DataError) -> str:
+    """What the reader of the page is told instead of samples."""
+    note = f"{TASK_NAMES[task]}: no samples: {error}"
+    logger.warning("%s", note)
+    return note
 
 
 def _environment() -> Environment:

@@ -184,15 +184,29 @@ def test_an_unfinished_run_shows_what_it_has(runs: Path, tmp_path: Path) -> None
     checked(page)
 
 
-def test_without_samples_no_shards_are_read(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "vqa", tmp_path / "vqa")
-    config = (tmp_path / "vqa" / "config.yaml").read_text()
-    (tmp_path / "vqa" / "config.yaml").write_text(config.replace("vqa.tar", "gone.tar"))
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--vqa", str(tmp_path / "vqa"), "--out", str(tmp_path / "report.html")])
-    assert exit_info.value.code == 65
+def test_shards_of_the_validation_may_be_gone(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then there are no samples, and a note; shards that somebody names must be there."""
+    for task, shard in (("vqa", "vqa.tar"), ("pretrain", "pairs.tar")):
+        shutil.copytree(runs / task, tmp_path / task)
+        config = (tmp_path / task / "config.yaml").read_text()
+        assert shard in config
+        (tmp_path / task / "config.yaml").write_text(config.replace(shard, "gone.tar"))
+    page = report(tmp_path, tmp_path / "report.html", "pretrain", "vqa")
+    assert re.findall(r'<section id="([^"]*)"', page) == ["scores", "curves", "experts", "made"]
+    notes = [html.unescape(note) for note in re.findall(r"<li>(.*?no samples.*?)</li>", page)]
+    assert [note.partition(": ")[0] for note in notes] == ["Pretraining", "Visual question answering"]
+    assert all("no samples: no shards at " in note and "gone.tar" in note for note in notes)
+    assert caplog.messages == notes
+    checked(page)
     page = report(tmp_path, tmp_path / "report.html", "vqa", options=("--num-samples", "0"))
-    assert re.findall(r'<section id="([^"]*)"', page) == ["scores", "curves", "made"]
+    assert "no samples" not in page
+    gone = ["--vqa-data", str(tmp_path / "gone.tar")]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--vqa", str(tmp_path / "vqa"), "--out", str(tmp_path / "report.html"), *gone])
+    assert exit_info.value.code == 65
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_captioning_is_compared_with_a_caption(runs: Path, tmp_path: Path) -> None:
