@@ -8,7 +8,7 @@ its step number, on any number of ranks and workers, and every item is seen once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -77,14 +77,27 @@ class MixturePlan:
         """This rank's part of one micro-batch of ``step``.
 
         A micro-batch is a fixed slice of the *global* step, shared out over the ranks: what is computed together does
-        not depend on the number of ranks. Parts may differ by one sample, and may be empty.
+        not depend on the number of ranks. Parts differ by at most one sample, of every source and altogether, and may
+        be empty.
         """
         return {
-            source: [
-                self._ref(source, number) for number in part(part(numbers, index, num_micro_batches), rank, world_size)
-            ]
-            for source, numbers in self.numbers(step).items()
+            source: [self._ref(source, number) for number in numbers[(rank - first_rank) % world_size :: world_size]]
+            for source, numbers, first_rank in self.deal(step, index, num_micro_batches, world_size)
         }
+
+    def deal(self, step: int, index: int, num_micro_batches: int, world_size: int) -> Iterator[tuple[str, range, int]]:
+        """Each source of a micro-batch with its sample numbers and the rank that gets the first of them; the next rank
+        gets the second, and so on around the ranks.
+
+        A source goes on where the one before it ended: with 512 samples of each of three sources, every one of 1,024
+        ranks has work.
+        """
+        numbers = self.numbers(step)
+        num_dealt = sum(len(part(of_step, i, num_micro_batches)) for of_step in numbers.values() for i in range(index))
+        for source, of_step in numbers.items():
+            of_micro_batch = part(of_step, index, num_micro_batches)
+            yield source, of_micro_batch, num_dealt % world_size
+            num_dealt += len(of_micro_batch)
 
     def _shares(self) -> dict[str, Fraction]:
         """Exact for the decimals that were written: three weights of 0.1 are a third each."""

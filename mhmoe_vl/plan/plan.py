@@ -17,7 +17,7 @@ from mhmoe_vl.plan.workload import (
     Sample,
     SampleCost,
     build_task_without_files,
-    largest_share,
+    busiest_share,
     sample_cost,
     samples_of,
     samples_per_step,
@@ -32,13 +32,13 @@ class SourcePlan:
 
     Attributes:
         samples_per_step: over all ranks.
-        largest_share: of the busiest rank in one micro-batch.
+        busiest_share: of the busiest rank in its largest micro-batch.
     """
 
     sample: Sample
     cost: SampleCost
     samples_per_step: int
-    largest_share: int
+    busiest_share: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ class _Draft:
         self.dtype = compute_dtype(config.precision, device.kind)
         self.task = build_task_without_files(config)
         self.samples = samples_of(config)
-        self.shares = largest_share(config, world_size=layout.world_size, num_micro_batches=layout.num_micro_batches)
+        self.costs = {name: sample_cost(self.task, sample) for name, sample in self.samples.items()}
+        self.shares = busiest_share(
+            config, self.costs, world_size=layout.world_size, num_micro_batches=layout.num_micro_batches
+        )
         self.shards = shards_of(self.task, layout)
         self.tracer = Tracer(config.model, self.dtype, device)
         self.parts = self.parts_with(config.model.checkpoint_activations)
@@ -130,8 +133,7 @@ class _Draft:
             checkpointed=checkpointed,
         )  # fmt: skip
         time = step_time(forward, backward, self.shards, layout, device, communication)
-        costs = {name: sample_cost(self.task, sample) for name, sample in self.samples.items()}
-        numbers = samples_per_step(config)
+        costs, numbers = self.costs, samples_per_step(config)
         busiest = layout.num_micro_batches * sum(
             costs[name].training_flops * number for name, number in self.shares.items()
         )

@@ -43,14 +43,14 @@ def _device(plan: Plan) -> list[str]:
 
 def _sources(plan: Plan) -> list[str]:
     total = sum(source.samples_per_step for source in plan.sources.values())
-    lines = ["per sample            tokens   forward   forward + backward    of a step   most on a rank"]
+    lines = ["per sample            tokens   forward   forward + backward    of a step  on busiest rank"]
     mean = 0.0
     for name, source in plan.sources.items():
         share = source.samples_per_step / total
         mean += share * source.cost.training_flops
         lines.append(
             f"  {name:<18} {source.sample.num_tokens:>7,} {source.cost.forward_flops / 1e9:>7,.1f} G "
-            f"{source.cost.training_flops / 1e9:>16,.1f} GFLOP {share:>10.1%} {source.largest_share:>16,}"
+            f"{source.cost.training_flops / 1e9:>16,.1f} GFLOP {share:>10.1%} {source.busiest_share:>16,}"
         )
     lines.append(f"  {'mixture':<18} {'':>7} {'':>9} {mean / 1e9:>16,.1f} GFLOP")
     if plan.busy_share < 0.95:

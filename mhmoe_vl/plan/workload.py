@@ -6,7 +6,7 @@ Shape suffixes: B samples, P patches, L text tokens.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,22 +85,32 @@ def samples_per_step(config: RunConfig) -> dict[str, int]:
     Raises:
         ConfigError: a source is too light to give a sample to every step.
     """
+    return {name: len(numbers) for name, numbers in _order_of(config).numbers(0).items()}
+
+
+def busiest_share(
+    config: RunConfig, costs: Mapping[str, SampleCost], *, world_size: int, num_micro_batches: int
+) -> dict[str, int]:
+    """Samples of each source that one rank has in one micro-batch of the first step, where that is most work."""
+    shares = []
+    for index in range(num_micro_batches):
+        dealt = list(_order_of(config).deal(0, index, num_micro_batches, world_size))
+        # Of the ranks that the same sources give one sample more, one is the first of some source.
+        shares += [
+            {source: len(numbers[(rank - first) % world_size :: world_size]) for source, numbers, first in dealt}
+            for rank in sorted({first for _, _, first in dealt})
+        ]
+    return max(shares, key=lambda share: sum(costs[name].training_flops * number for name, number in share.items()))
+
+
+def _order_of(config: RunConfig) -> MixturePlan:
     sources = config.data.train
-    plan = MixturePlan(
+    return MixturePlan(
         num_items=dict.fromkeys(sources),
         weights={name: source.weight for name, source in sources.items()},
         batch_size=config.data.batch_size,
         seed=config.seed,
     )
-    return {name: len(numbers) for name, numbers in plan.numbers(0).items()}
-
-
-def largest_share(config: RunConfig, *, world_size: int, num_micro_batches: int) -> dict[str, int]:
-    """Samples of each source in the largest micro-batch of the busiest rank."""
-    return {
-        name: math.ceil(math.ceil(number / num_micro_batches) / world_size)
-        for name, number in samples_per_step(config).items()
-    }
 
 
 def build_task_without_files(config: RunConfig, *, device: str = "meta") -> Task:

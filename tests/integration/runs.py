@@ -30,7 +30,7 @@ Consumed = list[dict[str, list[str]]]
 
 
 def pretraining(shards: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """Six samples a step in two micro-batches: one of each source, so that one of two ranks always has none."""
+    """Six samples a step in two micro-batches: one of each source, of which either of two ranks lacks one or two."""
     sources = {"image": "images", "text": "text", "pair": "pairs"}
     return {
         "out": str(out),

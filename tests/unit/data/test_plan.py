@@ -132,9 +132,34 @@ def test_ranks_share_out_the_same_global_micro_batches(
             for rank in range(world_size)
         ]
         for source, refs in whole.items():
-            assert [ref for of_rank in parts for ref in of_rank[source]] == refs
+            assert sorted(ref for of_rank in parts for ref in of_rank[source]) == sorted(refs)
             sizes = [len(of_rank[source]) for of_rank in parts]
             assert max(sizes) - min(sizes) <= 1
+        totals = [sum(map(len, of_rank.values())) for of_rank in parts]
+        assert max(totals) - min(totals) <= 1
+
+
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1024, 1), (768, 2), (1536, 1)])
+def test_few_samples_of_each_source_give_work_to_many_ranks(world_size: int, num_micro_batches: int) -> None:
+    """512 samples of each of three sources, as configs/pretrain/base.yaml has them, and no rank without any."""
+    sources = dict.fromkeys(("image", "text", "pair"))
+    plan = MixturePlan(sources, dict.fromkeys(sources, 1.0), batch_size=1536, seed=0)
+    for index in range(num_micro_batches):
+        totals = [
+            sum(
+                map(
+                    len,
+                    plan.micro_batch(
+                        0, index=index, num_micro_batches=num_micro_batches, rank=rank, world_size=world_size
+                    ).values(),
+                )
+            )
+            for rank in range(world_size)
+        ]
+        num_samples = 1536 // num_micro_batches
+        assert sum(totals) == num_samples
+        assert min(totals) == num_samples // world_size
+        assert max(totals) == -(-num_samples // world_size)
 
 
 @given(start=st.integers(0, 50), length=st.integers(0, 50), num_parts=st.integers(1, 9))

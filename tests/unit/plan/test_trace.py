@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhmoe_vl.plan.memory import parts_of
 from mhmoe_vl.plan.trace import Tracer, Work
-from mhmoe_vl.plan.workload import build_task_without_files, largest_share, sample_cost, samples_of, synthetic_batch
+from mhmoe_vl.plan.workload import build_task_without_files, sample_cost, samples_of, samples_per_step, synthetic_batch
 from mhmoe_vl.train.config import RunConfig
 from tests.unit.plan.builders import TASKS, make_device, make_run
 
@@ -58,7 +58,7 @@ def test_activations_are_what_autograd_keeps(task_kind: str, model: dict[str, An
     config = make_run(task_kind, model=WIDER | model, data={"batch_size": 4 * (3 if task_kind == "pretrain" else 1)})
     task, samples = build_task_without_files(config), samples_of(config)
     tracer = Tracer(config.model, dtype, make_device())
-    shares = largest_share(config, world_size=1, num_micro_batches=1)
+    shares = samples_per_step(config)
     assert set(shares.values()) == {4}
     parts = parts_of(task, tracer, samples, shares, checkpointed=False)
     copies = {part.name: part.trace.weight_copies for part in parts}

@@ -13,7 +13,7 @@ from mhmoe_vl.moe import count_flops
 from mhmoe_vl.plan.workload import (
     NUM_VQA_ANSWERS,
     build_task_without_files,
-    largest_share,
+    busiest_share,
     matrix_flops,
     sample_cost,
     samples_of,
@@ -64,18 +64,33 @@ def test_random_batches_ask_for_the_predictions_of_a_sample(task_kind: str) -> N
         assert targets == 5 * (per_sample or 1)
 
 
-@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1, 1), (2, 1), (3, 2), (5, 1)])
-def test_the_busiest_rank(world_size: int, num_micro_batches: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "num_micro_batches", "batch_size"),
+    [(1, 1, 30), (2, 1, 30), (3, 2, 30), (5, 1, 30), (7, 2, 20), (16, 1, 24)],
+)
+def test_the_busiest_rank(world_size: int, num_micro_batches: int, batch_size: int) -> None:
     """Against the order of the data, rank by rank."""
-    config = make_run(data={"batch_size": 30})
-    plan = MixturePlan(dict.fromkeys(config.data.train), dict.fromkeys(config.data.train, 1.0), 30, 0)
-    parts = [
-        plan.micro_batch(0, index=index, num_micro_batches=num_micro_batches, rank=rank, world_size=world_size)
+    config = make_run(data={"batch_size": batch_size})
+    plan = MixturePlan(dict.fromkeys(config.data.train), dict.fromkeys(config.data.train, 1.0), batch_size, 0)
+    task = build_task_without_files(config)
+    costs = {source: sample_cost(task, sample) for source, sample in samples_of(config).items()}
+
+    def work(share: dict[str, int]) -> int:
+        return sum(costs[source].training_flops * number for source, number in share.items())
+
+    shares = [
+        {
+            source: len(refs)
+            for source, refs in plan.micro_batch(
+                0, index=index, num_micro_batches=num_micro_batches, rank=rank, world_size=world_size
+            ).items()
+        }
         for index in range(num_micro_batches)
         for rank in range(world_size)
     ]
-    expected = {source: max(len(part[source]) for part in parts) for source in config.data.train}
-    assert largest_share(config, world_size=world_size, num_micro_batches=num_micro_batches) == expected
+    found = busiest_share(config, costs, world_size=world_size, num_micro_batches=num_micro_batches)
+    assert found in shares
+    assert work(found) == max(map(work, shares))
 
 
 def test_no_file_is_needed() -> None:
