@@ -28,6 +28,7 @@ class MoEConfig(Config):
         router: ``linear`` or ``cosine``; None is what the kind means.
         num_experts_multiple: derived numbers of experts are rounded to a multiple of this, so that expert-parallel
             degrees divide them. A property of the model, which is the same on any number of processes.
+        backend: what computes the experts: ``auto``, or one of docs/moe.md; results are the same.
         balance_weight, z_weight: weights of the auxiliary losses.
         selection_bias_rate: rate of loss-free balancing; 0 turns it off.
     """
