@@ -95,7 +95,8 @@ def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = 
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         if from_zero:
-            axes.set_ylim(bottom=0)
+            # A margin of the whole axis: Matplotlib's, of the range of values, would cut the highest one in half.
+            axes.set_ylim(0, 1.06 * axes.dataLim.y1)
         if len(series) > 1:
             _legend_above(axes)
         _label_steps(axes, ylabel)

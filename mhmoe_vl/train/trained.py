@@ -99,7 +99,8 @@ def _machines(directory: Path) -> str:
     last = None
     for start in run_directory.starts_of(directory):
         machine = f"{start['world_size']} x {start['gpu'] or start['processor']}"
-        machine += "" if start["gpu"] else f", {start['num_threads']} threads"
+        if not start["gpu"]:
+            machine += f", {start['num_threads']} thread{'s' if start['num_threads'] > 1 else ''}"
         if machine != last:
             machines.append(machine if last is None else f"from step {start['first_step']:,} on {machine}")
         last = machine

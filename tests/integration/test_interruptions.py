@@ -23,6 +23,7 @@ from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
 from mhmoe_vl.train.stop import STOPPED
+from mhmoe_vl.train.trained import cost_of
 from tests.distributed.fork_harness import run_ranks
 from tests.integration.runs import (
     figures,
@@ -224,6 +225,9 @@ def test_a_run_that_went_on_elsewhere_says_both(shards: Path, tmp_path: Path) ->
     run_ranks(lambda world: len(train(tree, world)), 2)
     first, second = run_directory.starts_of(tmp_path)
     assert [(start["first_step"], start["world_size"]) for start in (first, second)] == [(0, 1), (1, 2)]
+    where = cost_of(tmp_path)["trained_on"]
+    assert where.startswith("1 x ")
+    assert "; from step 1 on 2 x " in where
 
 
 def moved(shards: Path, to: Path, kind: str = "images") -> str:

@@ -322,6 +322,23 @@ def test_a_user_error_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixtur
         os.path.join(1 / 0)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize(("rank", "is_shared", "printed"), [(0, True, True), (1, True, False), (1, False, True)])
+def test_rank_0_prints_what_all_ranks_raise(
+    capsys: pytest.CaptureFixture[str], rank: int, is_shared: bool, printed: bool
+) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error(rank=rank, is_shared=is_shared):
+        raise ConfigError("what went wrong")
+    assert caught.value.code == 64
+    assert capsys.readouterr().err == ("error: what went wrong\n" if printed else "")
+
+
+def test_ctrl_c_leaves_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_only_a_near_word_is_suggested() -> None:
     assert suggest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean 'learning_rate'?)"
     assert suggest("zzz", ["learning_rate", "seed"]) == ""
