@@ -14,15 +14,15 @@ H width of the first product (F, or 2 F for GLU experts), B rows of one block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from mhmoe_vl.moe.activations import activate, activate_backward
 from mhmoe_vl.moe.memory import Workspace, recycled
-
-aten = torch.ops.aten
 
 #: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden
 #: activations stay in cache. In 16 bits matmuls are so fast that they need more rows, and sums over blocks would be
@@ -85,7 +85,7 @@ def _forward(
         pre_BH = pre_AH[start:stop] if keep else work("pre", num_block_rows, width)
         hidden_BF = work("hidden", num_block_rows, hidden_width)
         _affine(x_BD, w1[expert], None if b1_EH is None else b1_EH[expert], out=pre_BH)
-        _activate(pre_BH, glu, out=hidden_BF)
+        activate(pre_BH, glu=glu, out=hidden_BF)
         _affine(hidden_BF, w2[expert], None if b2_ED is None else b2_ED[expert], out=y_AD[start:stop])
     y_AD[end:] = 0
     y_ND = _gather_back(y_AD, _places(order_A).view_as(weights_NK), weights_NK.to(dtype))
@@ -134,7 +134,8 @@ def _backward(
         torch.index_select(x_ND, 0, row_B, out=x_BD)
         hidden_BF = work("hidden", num_block_rows, hidden_width)
         dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width))
-        dpre_BH = _activate_backward(dhidden_BF, pre_BH, glu, hidden_BF, work)
+        scratch = partial(work, "dpre", num_block_rows, width)
+        dpre_BH = activate_backward(dhidden_BF, pre_BH, glu=glu, hidden_BF=hidden_BF, scratch=scratch)
         first = expert != previous
         _accumulate_product(dw2_EFD[expert], hidden_BF.T, dy_BD, first=first)
         _accumulate_product(dw1_EDH[expert], x_BD.T, dpre_BH, first=first)
@@ -223,31 +224,6 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> N
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias, x, weight, out=out)
-
-
-def _activate(pre_BH: Tensor, glu: bool, *, out: Tensor) -> None:
-    if glu:
-        gate_BF, up_BF = pre_BH.chunk(2, dim=-1)
-        aten.silu.out(gate_BF, out=out)
-        out *= up_BF
-    else:
-        # Exact GELU: the tanh form is 3-5 times slower on CPU.
-        aten.gelu.out(pre_BH, out=out)
-
-
-def _activate_backward(dhidden_BF: Tensor, pre_BH: Tensor, glu: bool, hidden_BF: Tensor, work: Workspace) -> Tensor:
-    """Gradient of the pre-activations; fills ``hidden_BF`` with the activations again. ``dhidden_BF`` is used up."""
-    _activate(pre_BH, glu, out=hidden_BF)
-    if not glu:
-        return aten.gelu_backward.grad_input(dhidden_BF, pre_BH, grad_input=dhidden_BF)
-    gate_BF, up_BF = pre_BH.chunk(2, dim=-1)
-    dpre_BH = work("dpre", *pre_BH.shape)
-    dgate_BF, dup_BF = dpre_BH.chunk(2, dim=-1)
-    aten.silu.out(gate_BF, out=dup_BF)
-    dup_BF *= dhidden_BF
-    dhidden_BF *= up_BF
-    aten.silu_backward.grad_input(dhidden_BF, gate_BF, grad_input=dgate_BF)
-    return dpre_BH
 
 
 def _accumulate_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
