@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mhmoe_vl.data.files import write_atomically
 from mhmoe_vl.data.prepare.command_line import positive_int
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
@@ -28,7 +29,6 @@ from mhmoe_vl.data.prepare.scene_language import (
     text_document,
 )
 from mhmoe_vl.data.prepare.scenes import SPLITS, Scene, Split, sample_scenes, write_scene_image
-from mhmoe_vl.data.shards import write_atomically
 from mhmoe_vl.errors import OutputError, exit_on_user_error
 
 # Images of the two splits never share an id; a question id is its image id times 1000 plus a number, as in VQAv2.

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mhmoe_vl.data.files import write_atomically
 from mhmoe_vl.data.prepare.command_line import positive_int
 from mhmoe_vl.data.prepare.corpus import iterate_texts
 from mhmoe_vl.data.prepare.text_tokenizer import (
@@ -18,7 +19,6 @@ from mhmoe_vl.data.prepare.text_tokenizer import (
     tokenizer_statistics,
     train_tokenizer,
 )
-from mhmoe_vl.data.shards import write_atomically
 from mhmoe_vl.errors import ConfigError, OutputError, exit_on_user_error
 
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from mhmoe_vl.errors import DataError, OutputError, suggest
+from mhmoe_vl.data.files import write_atomically
+from mhmoe_vl.errors import DataError, suggest
 
 KINDS = ("image", "text", "pair", "vqa", "nlvr2")
 INDEX_FORMAT = "mhmoe_vl/index/1"
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"
+UNFINISHED = "unfinished"
 
 MAX_MEMBER_BYTES = 64 * 2**20
 
@@ -154,23 +155,6 @@ def encode_json(value: Any) -> bytes:
     """``value`` as one line of compact UTF-8 JSON; equal values give equal bytes."""
     # A lone surrogate (an undecodable file name) is not UTF-8, but its backslash escape is valid JSON.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace") + b"\n"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either absent, old or complete, whenever the process or the machine dies.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -304,10 +288,10 @@ def _find(path: Path) -> list[Path]:
 
 
 def _check_finished(directory: Path) -> None:
-    if (directory / UNFINISHED).exists():
-        raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
     manifest = directory / MANIFEST
     if not manifest.exists():
+        if (directory / UNFINISHED).exists():
+            raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
         return
     try:
         listed = [shard["name"] for shard in json.loads(manifest.read_bytes())["shards"]]

@@ -8,8 +8,16 @@ from pathlib import Path
 from PIL import Image
 
 from mhmoe_vl.data.decode import decode_image, image_extension
+from mhmoe_vl.data.shards import MAX_MEMBER_BYTES
+from mhmoe_vl.errors import DataError
 
 _JPEG_QUALITY = 92
+
+
+class FileTooLargeError(DataError):
+    """An image file of more bytes than a member of a shard may have."""
+
+    reason = "too_large"
 
 
 def load_image(path: Path, *, image_size: int | None = None) -> tuple[str, bytes]:
@@ -23,8 +31,11 @@ def load_image(path: Path, *, image_size: int | None = None) -> tuple[str, bytes
 
     Raises:
         OSError: the file cannot be read.
-        DataError: it cannot be decoded; one of the classes of :mod:`mhmoe_vl.data.decode` that have a ``reason``.
+        DataError: it is too large or cannot be decoded; the class has a ``reason``.
     """
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_MEMBER_BYTES:
+        raise FileTooLargeError(f"file of {num_bytes} bytes; at most {MAX_MEMBER_BYTES} are read")
     data = path.read_bytes()
     extension = image_extension(data)
     image = decode_image(data)
