@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import unicodedata
 import warnings
@@ -102,7 +103,7 @@ def decode_json(data: bytes) -> dict[str, Any]:
         DataError: not UTF-8, not JSON, or not an object.
     """
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise DataError(f"JSON is not UTF-8: {_first_line(error)}") from None
     except (ValueError, RecursionError) as error:
@@ -211,6 +212,13 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is out of range")
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -411,7 +411,7 @@ def test_holdout_is_a_partition_by_key() -> None:
 
 def test_keys() -> None:
     assert make_key("train2017-000_1") == "train2017-000_1"
-    odd = ["a/b", "a.b", "a b", "é", "", "x" * 81, "x" * 82, "\udcff"]
+    odd = ["a/b", "a.b", "a b", "é", "", "x" * 81, "x" * 82, "\udcff", "\udcfe"]
     keys = [make_key(name) for name in odd]
     assert len(set(keys)) == len(odd)
     assert all(0 < len(key) <= 80 and key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in keys)
@@ -423,7 +423,22 @@ def test_image_root(tmp_path: Path) -> None:
     root = ImageRoot(tmp_path / "root")
     assert root.has("sub/000000000001.jpg")
     assert root.has("./sub/../sub/000000000001.jpg")
-    for outside in ("../000000000002.jpg", str(tmp_path / "000000000002.jpg"), "sub", "sub/absent.jpg", "", ".."):
+    for outside in (
+        "../000000000002.jpg",
+        str(tmp_path / "000000000002.jpg"),
+        "sub",
+        "sub/absent.jpg",
+        "",
+        "..",
+        ".",
+        "\0",
+        "\ud800/x",
+        "\0/x",
+        None,
+        True,
+        5,
+        [],
+    ):
         assert not root.has(outside)
     with pytest.raises(DataError, match="does not exist"):
         ImageRoot(tmp_path / "absent")
