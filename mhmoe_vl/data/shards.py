@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +79,17 @@ class ShardIndex:
     def num_items(self) -> int:
         """Number of training examples in the shard."""
         return sum(sample.num_items for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. ``shards`` has an entry with counts and checksum for each name, ``files`` the
+    SHA-256 of each other file."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    shards: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, str]
 
 
 def is_url(path: str) -> bool:
@@ -157,8 +168,38 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace") + b"\n"
 
 
-def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+def read_manifest(directory: Path) -> Manifest | None:
+    """Read the manifest of a folder; None if it has none.
+
+    Raises:
+        DataError: it cannot be read, is something else, or names files outside of its folder.
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        manifest = Manifest(
+            kind=content.get("kind", ""),
+            settings=dict(content.get("settings", {})),
+            shards={entry["name"]: entry for entry in content["shards"]},
+            files=dict(content.get("files", {})),
+        )
+        is_sound = all(Path(name).name == name for name in (*manifest.shards, *manifest.files))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise DataError(f"{path}: not a manifest of shards; delete it or pack again")
+    return manifest
+
+
+def find_shards(paths: str | Path | Sequence[str | Path], *, check_manifest: bool = True) -> list[Path]:
     """Local tars named by directories (all their ``*.tar``), brace expressions ``x-{00000..00009}.tar`` and globs.
+
+    Args:
+        check_manifest: all shards that a directory's manifest lists must be there.
 
     Returns:
         Shards in the order given, those of a directory or glob sorted by name.
@@ -170,7 +211,7 @@ def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     missing: list[str] = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         for expanded in _expand_braces(str(path)):
-            found = _find(Path(expanded))
+            found = _find(Path(expanded), check_manifest)
             shards += found
             if not found:
                 missing.append(expanded)
@@ -276,9 +317,11 @@ def _expand_braces(path: str) -> list[str]:
         raise DataError(f"{path}: braces do not match; write for example x-{{00000..00009}}.tar") from None
 
 
-def _find(path: Path) -> list[Path]:
+def _find(path: Path, check_manifest: bool) -> list[Path]:
     if path.is_dir():
         _check_finished(path)
+        if check_manifest:
+            _check_complete(path)
         return sorted(path.glob("*.tar"))
     if path.exists():
         return [path]
@@ -288,19 +331,19 @@ def _find(path: Path) -> list[Path]:
 
 
 def _check_finished(directory: Path) -> None:
-    manifest = directory / MANIFEST
-    if not manifest.exists():
-        if (directory / UNFINISHED).exists():
-            raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
+    # With a manifest, it is the replacement of a data set that has not finished, and this one is as it was.
+    if (directory / UNFINISHED).exists() and not (directory / MANIFEST).exists():
+        raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
+
+
+def _check_complete(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    if manifest is None:
         return
-    try:
-        listed = [shard["name"] for shard in json.loads(manifest.read_bytes())["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{manifest}: not a manifest of shards; delete it or pack again") from None
-    absent = [name for name in listed if not (directory / name).is_file()]
+    absent = [name for name in manifest.shards if not (directory / name).is_file()]
     if absent:
         raise DataError(
-            f"{directory}: {len(absent)} of {len(listed)} shards of the manifest are absent, first {absent[0]}"
+            f"{directory}: {len(absent)} of {len(manifest.shards)} shards of the manifest are absent, first {absent[0]}"
         )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.files import TEMPORARY_SUFFIX, write_atomically
-from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, encode_json, index_path
-from mhmoe_vl.errors import OutputError
+from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, Manifest, encode_json, index_path, read_manifest
+from mhmoe_vl.errors import DataError, OutputError
 
-_SETTINGS = "settings.json"
+_STATE = "state.json"
 
 
 class OutputFolder:
@@ -42,10 +42,10 @@ class OutputFolder:
         self._settings = json.loads(encode_json(settings))
         if directory.exists() and not directory.is_dir():
             raise OutputError(f"{directory}: is not a folder; choose another --out")
-        manifest = self._read(directory / MANIFEST)
-        begun = self._read(self.staging / _SETTINGS)
+        manifest = self._read_manifest(directory)
         # There if a run was interrupted while it moved its shards out of the staging folder.
-        moving = self._read(self.staging / MANIFEST)
+        moving = self._read_manifest(self.staging)
+        begun = self._read_state()
         self._earlier = {*_file_names(manifest), *_file_names(moving), *begun.get("replaces", ())}
         in_folder = {path.name for path in directory.glob("*.tar")}
         foreign = in_folder - self._earlier
@@ -53,12 +53,12 @@ class OutputFolder:
             raise OutputError(f"{directory / min(foreign)}: was not packed here; choose another --out")
         # A run that failed before its first shard does not bind the next one.
         has_begun = bool(begun) and (any(self.staging.glob("*.tar")) or (bool(in_folder) and not manifest))
-        began_to_replace = has_begun and bool(begun.get("overwrite"))
+        began_to_replace = has_begun and begun["overwrite"]
         # --overwrite starts anew, unless it is what the interrupted run was started with.
         self._goes_on = has_begun and begun["settings"] == self._settings and (began_to_replace or not overwrite)
         self.replaces = overwrite or (self._goes_on and began_to_replace)
-        if not self.replaces:
-            self._check_settings(begun if has_begun else manifest)
+        if not self.replaces and (has_begun or manifest):
+            self._check_settings(begun["settings"] if has_begun else manifest.settings)  # type: ignore[union-attr]
 
     def begin(self) -> None:
         """Make the staging folder; what an interrupted run of the same settings left in it is kept.
@@ -69,9 +69,9 @@ class OutputFolder:
         state = {"settings": self._settings, "overwrite": self.replaces, "replaces": sorted(self._earlier)}
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.staging / _SETTINGS, encode_json(state))
+            write_atomically(self.staging / _STATE, encode_json(state))
             for path in list(self.staging.iterdir()):
-                if path.suffix == TEMPORARY_SUFFIX or (path.name != _SETTINGS and not self._goes_on):
+                if path.suffix == TEMPORARY_SUFFIX or (path.name != _STATE and not self._goes_on):
                     path.unlink()
         except OSError as error:
             raise OutputError(f"{self.directory}: cannot write: {error.strerror}") from None
@@ -91,7 +91,7 @@ class OutputFolder:
             raise OutputError(f"{shard}: is left from an earlier packing of more records; add --overwrite")
         write_atomically(self.staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
         try:
-            # From here on the folder is unfinished; `replaces` of the settings tells the next run what is whose.
+            # From here on the folder is unfinished; `replaces` of the state tells the next run what is whose.
             (self.directory / MANIFEST).unlink(missing_ok=True)
             for name in self._earlier - {*shards, *files}:
                 (self.directory / name).unlink(missing_ok=True)
@@ -123,35 +123,31 @@ class OutputFolder:
             shard.replace(target)
             index_path(shard).replace(index_path(target))
 
-    def _check_settings(self, before: Mapping[str, Any]) -> None:
-        earlier = before.get("settings", self._settings)
-        if earlier != self._settings:
-            different = sorted(
-                key for key in {*earlier, *self._settings} if earlier.get(key) != self._settings.get(key)
-            )
+    def _check_settings(self, earlier: Mapping[str, Any]) -> None:
+        different = sorted(key for key in {*earlier, *self._settings} if earlier.get(key) != self._settings.get(key))
+        if different:
             raise OutputError(
                 f"{self.directory}: holds a data set with other {', '.join(different)}; add --overwrite, or choose "
                 "another --out"
             )
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        """A JSON file of ours, empty if it is absent."""
+    def _read_manifest(self, directory: Path) -> Manifest | None:
         try:
-            content = json.loads(path.read_bytes())
-            _file_names(content)
-            is_ours = isinstance(content["settings"], dict)
+            return read_manifest(directory)
+        except DataError as error:
+            raise OutputError(f"{error}, or choose another --out") from None
+
+    def _read_state(self) -> dict[str, Any]:
+        """What an interrupted run says of itself; empty if there is none."""
+        path = self.staging / _STATE
+        try:
+            state = json.loads(path.read_bytes())
+            return {"settings": dict(state["settings"]), "overwrite": state["overwrite"], "replaces": state["replaces"]}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except OSError as error:
-            raise OutputError(f"{self.directory}: cannot read {path.name}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            is_ours = False
-        if not is_ours:
-            raise OutputError(f"{path}: was not written by data_prep; choose another --out, or remove it")
-        return content
+        except (OSError, ValueError, LookupError, TypeError):
+            raise OutputError(f"{path}: not readable; delete {self.staging}, or choose another --out") from None
 
 
-def _file_names(manifest: Mapping[str, Any]) -> list[str]:
-    """Shards and other files of a manifest; nothing that would lie outside of its folder."""
-    shards = [shard["name"] for shard in manifest.get("shards", ())]
-    return [name for name in (*shards, *manifest.get("files", ())) if Path(name).name == name]
+def _file_names(manifest: Manifest | None) -> list[str]:
+    return [] if manifest is None else [*manifest.shards, *manifest.files]

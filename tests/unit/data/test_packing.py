@@ -267,18 +267,22 @@ def test_a_manifest_cannot_name_files_elsewhere(packing: Packing, tmp_path: Path
     manifest = json.loads((packing.directory / "manifest.json").read_bytes())
     manifest["shards"].append({"name": "../precious.tar"})
     (packing.directory / "manifest.json").write_text(json.dumps(manifest))
-    pack(records(range(3)), replace(packing, overwrite=True))
+    with pytest.raises(OutputError, match=r"manifest.json: not a manifest of shards"):
+        pack(records(range(3)), replace(packing, overwrite=True))
     assert precious.exists()
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"settings": {}, "shards": 3}', '{"settings": {}, "shards": [{}]}']
+    "content",
+    ["", "[]", "{}", '{"settings": 1, "shards": []}', '{"shards": 3}', '{"shards": [{}]}', '{"shards": [{"name": 5}]}'],
 )
 def test_a_manifest_of_something_else(packing: Packing, content: str) -> None:
     packing.directory.mkdir()
     (packing.directory / "manifest.json").write_text(content)
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match=r"manifest.json: was not written by data_prep"):
+        with pytest.raises(
+            OutputError, match=r"manifest.json: not a manifest of shards; delete it .* or choose another --out"
+        ):
             pack(records(range(2)), replace(packing, overwrite=overwrite))
 
 
