@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl import __version__
-from mhmoe_vl.data.files import write_atomically
+from mhmoe_vl.data.files import TEMPORARY_SUFFIX, write_atomically
 from mhmoe_vl.data.prepare.command_line import positive_int
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
@@ -91,6 +91,8 @@ def claim_folder(args: argparse.Namespace) -> None:
             )
         for split in SPLITS:
             (args.out / "images" / split).mkdir(parents=True, exist_ok=True)
+        for leftover in args.out.rglob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
     except OSError as error:
         raise OutputError(f"{args.out}: cannot write: {error.strerror}; choose another --out") from None
     _write_if_absent(stamp, lambda: _json(options))

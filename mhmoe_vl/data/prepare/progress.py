@@ -21,6 +21,7 @@ from rich.progress import (
 ResultT = TypeVar("ResultT")
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_REFRESHES = 0.1
 
 
 def show_progress(
@@ -33,20 +34,24 @@ def show_progress(
     """
     console = Console(stderr=True)
     of_total = "" if total is None else f" of {total}"
-    done, last_line = 0, time.monotonic()
-    columns: list[ProgressColumn] = [
-        SpinnerColumn(), TextColumn("{task.description}: {task.completed}" + of_total), TimeElapsedColumn()
-    ]  # fmt: skip
+    seconds_between = _SECONDS_BETWEEN_REFRESHES if console.is_terminal else _SECONDS_BETWEEN_LINES
+    done, last_shown = 0, time.monotonic()
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}: {task.completed}" + of_total)]
     if total is not None:
-        columns[1:1] = [BarColumn()]
+        columns.append(BarColumn())
+    columns.append(TimeElapsedColumn())
+    if total is not None:
         columns += [TextColumn("left"), TimeRemainingColumn()]
     # Without a refresh thread: worker processes may be forked while the bar is shown.
     with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         for result in results:
             done += amount(result)
-            bar.update(task, completed=done, refresh=True)
-            if not console.is_terminal and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-                sys.stderr.write(f"{label}: {done}{of_total}\n")
-                last_line = time.monotonic()
+            bar.update(task, completed=done)
+            if time.monotonic() - last_shown > seconds_between:
+                last_shown = time.monotonic()
+                if console.is_terminal:
+                    bar.refresh()
+                else:
+                    sys.stderr.write(f"{label}: {done}{of_total}\n")
             yield result

@@ -400,6 +400,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     lost = [next((out / "images" / "val").iterdir()), out / "vqa_train_annotations.json", out / "text_val.txt"]
     for path in lost:
         path.unlink()
+    (out / "images" / "val" / "x.png.0123abcd.tmp").touch()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".png", ".json", ".txt")}
     main(["--out", str(out), *SMALL_RUN])
     assert tree_bytes(out) == finished
