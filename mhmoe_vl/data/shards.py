@@ -183,7 +183,7 @@ def read_manifest(directory: Path) -> Manifest | None:
             shards={entry["name"]: entry for entry in content["shards"]},
             files=dict(content.get("files", {})),
         )
-        is_sound = all(Path(name).name == name for name in (*manifest.shards, *manifest.files))
+        is_sound = all(is_file_name(name) for name in (*manifest.shards, *manifest.files))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -193,6 +193,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not is_sound:
         raise DataError(f"{path}: not a manifest of shards; delete it or pack again")
     return manifest
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether ``name`` can be that of a file in a folder: no path, which could lead out of it, and nothing else."""
+    return (
+        isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..") and name.isprintable()
+    )
 
 
 def find_shards(paths: str | Path | Sequence[str | Path], *, check_manifest: bool = True) -> list[Path]:
@@ -292,17 +299,23 @@ def _parse_index(shard: Path, fields: dict[str, Any]) -> ShardIndex:
         kind=fields["kind"],
         num_bytes=fields["num_bytes"],
         sha256=fields["sha256"],
-        samples=tuple(
-            IndexedSample(
-                sample["key"],
-                sample["num_items"],
-                {name: Member(*place) for name, place in sample["members"].items()},
-            )
-            for sample in fields["samples"]
-        ),
+        samples=tuple(_parse_sample(sample, fields["num_bytes"]) for sample in fields["samples"]),
         skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
         plan=fields["plan"],
     )
+
+
+def _parse_sample(fields: dict[str, Any], num_bytes: int) -> IndexedSample:
+    sample = IndexedSample(
+        fields["key"], fields["num_items"], {name: Member(*place) for name, place in fields["members"].items()}
+    )
+    numbers = (sample.num_items, *(number for member in sample.members.values() for number in member))
+    if not isinstance(sample.key, str) or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"sample {str(sample.key)[:80]!r}: key, num_items or a member is of another type")
+    for name, member in sample.members.items():
+        if member.offset + member.size > num_bytes:
+            raise ValueError(f"sample {sample.key!r}: {name} ends behind the shard")
+    return sample
 
 
 def _expand_braces(path: str) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.files import TEMPORARY_SUFFIX, write_atomically
-from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, Manifest, encode_json, index_path, read_manifest
+from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, Manifest, encode_json, index_path, is_file_name, read_manifest
 from mhmoe_vl.errors import DataError, OutputError
 
 _STATE = "state.json"
@@ -142,7 +142,13 @@ class OutputFolder:
         path = self.staging / _STATE
         try:
             state = json.loads(path.read_bytes())
-            return {"settings": dict(state["settings"]), "overwrite": state["overwrite"], "replaces": state["replaces"]}
+            types = {"settings": dict, "overwrite": bool, "replaces": list}
+            if any(not isinstance(state[name], expected) for name, expected in types.items()):
+                raise TypeError
+            # Files of these names are going to be deleted.
+            if not all(map(is_file_name, state["replaces"])):
+                raise ValueError
+            return state
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, LookupError, TypeError):

@@ -272,6 +272,19 @@ def test_a_manifest_cannot_name_files_elsewhere(packing: Packing, tmp_path: Path
     assert precious.exists()
 
 
+@pytest.mark.parametrize("name", ["../precious.tar", "/precious.tar", "..", "", "a\0b", "\ud800", 5, None, ["x"]])
+def test_neither_can_the_state_of_an_interrupted_run(packing: Packing, tmp_path: Path, name: object) -> None:
+    precious = tmp_path / "precious.tar"
+    precious.touch()
+    state = {"settings": {}, "overwrite": True, "replaces": [name]}
+    (packing.directory / "unfinished").mkdir(parents=True)
+    (packing.directory / "unfinished" / "state.json").write_text(json.dumps(state))
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"state.json: not readable; delete .*unfinished, or choose another"):
+            pack(records(range(3)), replace(packing, overwrite=overwrite))
+    assert precious.exists()
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"settings": 1, "shards": []}', '{"shards": 3}', '{"shards": [{}]}', '{"shards": [{"name": 5}]}'],

@@ -57,7 +57,11 @@ def test_an_index_says_what_is_wrong(tmp_path: Path) -> None:
         good.replace(b'"kind":"pair"', b'"kind":"x"'),
         good.replace(b'"num_samples":3', b'"num_samples":4'),
         json.dumps({**json.loads(good), "samples": [{"key": "a"}]}).encode(),
+        *(good.replace(b'"num_items":1', b'"num_items":' + value) for value in (b'"1"', b"-1", b"null", b"true")),
+        *(good.replace(b'{"jpg":[', b'{"jpg":[' + value) for value in (b"-", b"1e", b"9999999", b'"x",')),
+        good.replace(b'"key":"x-0"', b'"key":5'),
     ):
+        assert broken != good
         index_path(shard).write_bytes(broken)
         with pytest.raises(DataError, match="malformed index"):
             read_index(shard)
