@@ -29,6 +29,7 @@ UNFINISHED = "unfinished"
 MAX_MEMBER_BYTES = 64 * 2**20
 
 _MAX_OPEN_FILES = 64
+_MAX_NAME_BYTES = 255
 
 
 class Member(NamedTuple):
@@ -197,9 +198,9 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 def is_file_name(name: Any) -> bool:
     """Whether ``name`` can be that of a file in a folder: no path, which could lead out of it, and nothing else."""
-    return (
-        isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..") and name.isprintable()
-    )
+    if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+        return False
+    return os.sep not in name and len(name.encode()) <= _MAX_NAME_BYTES
 
 
 def find_shards(paths: str | Path | Sequence[str | Path], *, check_manifest: bool = True) -> list[Path]:
