@@ -10,13 +10,14 @@ Shape suffixes: B rows, F hidden width, H width of the first product (F, or 2 F 
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mhmoe_vl.moe import threads
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ def activate_backward(
 
 
 class CompiledActivations:
-    """The functions of ``activations.c``, on the threads of torch's OpenMP runtime.
+    """The functions of ``activations.c``, on the threads of torch.
 
     Raises:
         OSError: they were not built, or do not load here, or torch's threads are out of reach.
@@ -78,11 +79,9 @@ class CompiledActivations:
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(_library()))
-        threads = ctypes.CDLL(str(_openmp()))
-        addresses = [getattr(threads, name, None) for name in _OPENMP_FUNCTIONS]
-        if None in addresses:
-            raise OSError(f"{threads._name} lacks one of {', '.join(_OPENMP_FUNCTIONS)}")
-        self._threads = [ctypes.cast(address, ctypes.c_void_p) for address in addresses if address is not None]
+        if threads.OPENMP is None:
+            raise OSError(threads.STATE)
+        self._threads = threads.OPENMP.functions
         self._run = library.mhmoe_activation
         self._run.restype = None
         self._run.argtypes = [
@@ -95,29 +94,12 @@ class CompiledActivations:
         self._run(kind, pre.dtype == torch.bfloat16, *pointers, *hidden.shape, num_threads, *self._threads)
 
 
-_OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-
-
 def _library() -> Path:
     here = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
         if (path := here / f"_activations{suffix}").is_file():
             return path
     raise OSError("not built: pip install found no C compiler")
-
-
-def _openmp() -> Path:
-    """The OpenMP runtime that torch has loaded, the one of its own folder if there are several."""
-    if sys.platform != "linux":
-        raise OSError(f"torch's threads are out of reach on {sys.platform}")
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    loaded = {Path(line.split()[-1]) for line in lines if "/lib" in line and "omp" in line}
-    runtimes = sorted(path for path in loaded if path.name.startswith(("libgomp", "libiomp5", "libomp")))
-    own = [path for path in runtimes if path.is_relative_to(Path(torch.__file__).parent)]
-    for candidates in (own, runtimes):
-        if len(candidates) == 1:
-            return candidates[0]
-    raise OSError(f"which OpenMP runtime is torch's: {', '.join(map(str, runtimes)) or 'none is loaded'}")
 
 
 def _load() -> tuple[CompiledActivations | None, str]:
