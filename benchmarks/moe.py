@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.measure import clock_named, paired_ratios, saved_bytes, take_turns, write_result
-from benchmarks.peers import gshard, hugging_face, soft_moe, torchscale_xmoe
+from benchmarks.peers import gshard, hugging_face, megablocks, scatter_moe, soft_moe, torchscale_xmoe
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, routing_stats
 
 Pass = Callable[[], object]
@@ -78,6 +78,8 @@ SUBJECTS: dict[str, Callable[[Work], nn.Module]] = {
     "torchscale xmoe": lambda work: torchscale_xmoe(*work.sizes, num_tokens=work.num_tokens),
     "gshard einsum": lambda work: gshard(*work.sizes),
     "soft-moe": lambda work: soft_moe(*work.sizes, num_tokens=work.num_tokens),
+    "megablocks": lambda work: megablocks(*work.sizes),
+    "scattermoe": lambda work: scatter_moe(*work.sizes),
 }
 
 

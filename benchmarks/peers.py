@@ -113,6 +113,47 @@ class _Torchscale(nn.Module):
             torch.histc = original
 
 
+def megablocks(dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int) -> nn.Module:
+    """MegaBlocks' dropless layer (arXiv 2211.15841), on CUDA. Written from its documentation; never run by us."""
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+
+    width = dim // num_heads
+    arguments = Arguments(
+        hidden_size=width,
+        ffn_hidden_size=ffn_dim,
+        moe_num_experts=num_experts,
+        moe_top_k=top_k,
+        mlp_impl="grouped",
+        bf16=True,
+        bias=False,
+        return_bias=False,
+    )
+    return OnSubTokens(dim, num_heads, dMoE(arguments))
+
+
+def scatter_moe(dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int) -> nn.Module:
+    """ScatterMoE's experts (arXiv 2403.08245) behind a linear router, on CUDA. Written from its documentation; never
+    run by us."""
+    from scattermoe.mlp import MLP
+
+    width = dim // num_heads
+    experts = MLP(
+        input_size=width, hidden_size=ffn_dim, activation=nn.GELU(), num_experts=num_experts, top_k=top_k, bias=False
+    )
+    return OnSubTokens(dim, num_heads, _Scatter(experts, nn.Linear(width, num_experts, bias=False), top_k))
+
+
+class _Scatter(nn.Module):
+    def __init__(self, experts: nn.Module, router: nn.Module, top_k: int) -> None:
+        super().__init__()
+        self.experts, self.router, self.top_k = experts, router, top_k
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_NK, expert_NK = self.router(x[0]).softmax(-1).topk(self.top_k, dim=-1)
+        return self.experts(x[0], weight_NK, expert_NK)[None]
+
+
 def _refuse_one_hot(num_rows: int) -> None:
     if num_rows > 4096:
         raise RuntimeError("one-hot dispatch of more than 4,096 rows takes gigabytes and minutes")

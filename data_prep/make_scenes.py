@@ -8,6 +8,7 @@ whatever the number of workers; an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mhmoe_vl import __version__
+from mhmoe_vl.data.files import TEMPORARY_SUFFIX, write_atomically
 from mhmoe_vl.data.prepare.command_line import positive_int
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
@@ -28,7 +31,6 @@ from mhmoe_vl.data.prepare.scene_language import (
     text_document,
 )
 from mhmoe_vl.data.prepare.scenes import SPLITS, Scene, Split, sample_scenes, write_scene_image
-from mhmoe_vl.data.shards import write_atomically
 from mhmoe_vl.errors import OutputError, exit_on_user_error
 
 # Images of the two splits never share an id; a question id is its image id times 1000 plus a number, as in VQAv2.
@@ -46,6 +48,7 @@ vqa_SPLIT_questions.json  VQAv2 format; pack with --image-pattern '{IMAGE_PATTER
 vqa_SPLIT_annotations.json
 nlvr2_SPLIT.json          NLVR2 format plus left_file and right_file, relative to images/; "query" is its kind
 text_SPLIT.txt            one document a line
+manifest.json             counts of each split, and the SHA-256 of every file
 
 Each question is asked equally often with each of its answers; each statement is true of two of its four image pairs.
 """
@@ -76,14 +79,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def claim_folder(args: argparse.Namespace) -> None:
     """Mark ``args.out`` with the options that shape its content; refuse a folder with anything else in it."""
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+    options = _options(args)
     stamp = args.out / "options.json"
-    if not stamp.exists():
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise OutputError(f"{args.out}: not an empty folder; choose another --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-    elif stamp.read_text() != _json(options):
-        raise OutputError(f"{args.out}: made with other options (see {stamp.name}); choose another --out or delete it")
+    try:
+        if not stamp.exists():
+            if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+                raise OutputError(f"{args.out}: not an empty folder; choose another --out")
+        elif stamp.read_bytes() != _json(options).encode():
+            raise OutputError(
+                f"{args.out}: made with other options (see {stamp.name}); choose another --out or delete it"
+            )
+        for split in SPLITS:
+            (args.out / "images" / split).mkdir(parents=True, exist_ok=True)
+        for leftover in args.out.rglob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+    except OSError as error:
+        raise OutputError(f"{args.out}: cannot write: {error.strerror}; choose another --out") from None
     _write_if_absent(stamp, lambda: _json(options))
     _write_if_absent(args.out / "README.txt", lambda: README)
 
@@ -91,14 +102,13 @@ def claim_folder(args: argparse.Namespace) -> None:
 def draw_images(scenes: dict[int, Scene], split: Split, args: argparse.Namespace) -> None:
     """Draw the images that are not there yet."""
     folder = args.out / "images" / split
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         (scene, folder / image_name(image_id, split), args.image_size, (abs(args.seed), image_id))
         for image_id, scene in scenes.items()
     ]
     jobs = [job for job in jobs if not job[1].exists()]
     drawn = map_in_processes(_draw, jobs, num_workers=args.workers)
-    for _ in show_progress(drawn, label=f"{split} images of {len(scenes)}", amount=lambda _: 1):
+    for _ in show_progress(drawn, label=f"drawing {split} images", amount=lambda _: 1, total=len(jobs)):
         pass
 
 
@@ -195,12 +205,31 @@ def make_split(split: Split, args: argparse.Namespace) -> None:
     _write_if_absent(args.out / f"text_{split}.txt", lambda: _lines(text_lines(split, args)))
 
 
+def write_manifest(args: argparse.Namespace) -> None:
+    """Say how much there is of everything, and the checksum of each file; written last."""
+    manifest = args.out / "manifest.json"
+    paths = sorted(path for path in args.out.rglob("*") if path.is_file() and path != manifest)
+    content = {
+        "format": "mhmoe_vl/scenes/1",
+        "version": __version__,
+        "options": _options(args),
+        "counts": {split: _counts(args.out, split) for split in SPLITS},
+        "files": {
+            path.relative_to(args.out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+        },
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    if not manifest.exists() or manifest.read_text() != text:
+        write_atomically(manifest, text.encode())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
         args = parse_args(argv)
         claim_folder(args)
         for split in SPLITS:
             make_split(split, args)
+        write_manifest(args)
         print(args.out)
     return 0
 
@@ -208,6 +237,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _draw(job: tuple[Scene, Path, int, tuple[int, ...]]) -> None:
     scene, path, image_size, noise_seed = job
     write_scene_image(scene, path, image_size=image_size, noise_seed=noise_seed)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the content."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+
+
+def _counts(out: Path, split: Split) -> dict[str, int]:
+    return {
+        "num_images": sum(1 for _ in (out / "images" / split).iterdir()),
+        "num_captions": len(json.loads((out / f"captions_{split}.json").read_bytes())["annotations"]),
+        "num_questions": len(json.loads((out / f"vqa_{split}_questions.json").read_bytes())["questions"]),
+        "num_nlvr2_examples": len((out / f"nlvr2_{split}.json").read_bytes().splitlines()),
+        "num_texts": len((out / f"text_{split}.txt").read_bytes().splitlines()),
+    }
 
 
 def _info() -> dict[str, Any]:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
         images = ImageRoot(args.images)
         packing = replace(packing_of(args, "nlvr2"), settings={"source": args.examples.name})
-        return run_packing(args, packing, lambda: read_nlvr2(args.examples, images))
+        return run_packing(args, packing, lambda: list(read_nlvr2(args.examples, images)))
 
 
 if __name__ == "__main__":

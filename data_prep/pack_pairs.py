@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings |= {"split": args.split}
         elif args.table:
             settings |= {"image_column": args.image_column, "caption_columns": args.caption_columns}
-        return run_packing(args, replace(packing_of(args, "pair"), settings=settings), lambda: _read(args, images))
+        return run_packing(
+            args, replace(packing_of(args, "pair"), settings=settings), lambda: list(_read(args, images))
+        )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,9 +20,9 @@ from typing import Any
 from mhmoe_vl.data.prepare.answer_list import build_answer_list, count_answers, read_answer_list, share_outside
 from mhmoe_vl.data.prepare.command_line import packing_of, packing_parser, positive_int, run_packing
 from mhmoe_vl.data.prepare.packing import Packing
-from mhmoe_vl.data.prepare.records import ImageRoot
+from mhmoe_vl.data.prepare.records import ImageRoot, Record
 from mhmoe_vl.data.prepare.vqa import COCO_IMAGE_PATTERN, read_vqa
-from mhmoe_vl.data.shards import encode_json
+from mhmoe_vl.data.shards import Skip, encode_json
 from mhmoe_vl.errors import exit_on_user_error
 
 
@@ -32,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
         images = ImageRoot(args.images)
         packing = _with_answers(args, packing_of(args, "vqa"))
-        return run_packing(
-            args, packing, lambda: read_vqa(args.questions, args.annotations, images, image_pattern=args.image_pattern)
-        )
+        if "share_outside_answers" in packing.facts:
+            share, num_answers = packing.facts["share_outside_answers"], packing.facts["num_answers"]
+            print(f"answers outside the list of {num_answers}: the commonest answer of {share:.2%} of the questions")
+
+        def read() -> list[Record | Skip]:
+            return list(read_vqa(args.questions, args.annotations, images, image_pattern=args.image_pattern))
+
+        return run_packing(args, packing, read)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,23 +2,31 @@
 
 A tokenizer from the texts, captions, questions and sentences of shards, and from the lines of text files. With --clip
 nothing is learnt: the file holds CLIP's vocabulary as it ships with open_clip.
+
+There is no --workers: the tokenizers library learns on all cores by itself; RAYON_NUM_THREADS=N limits it to N.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mhmoe_vl.data.prepare.command_line import positive_int
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from mhmoe_vl.data.files import check_writable, write_atomically
+from mhmoe_vl.data.prepare.command_line import positive_int, print_skips
 from mhmoe_vl.data.prepare.corpus import iterate_texts
+from mhmoe_vl.data.prepare.progress import show_progress
 from mhmoe_vl.data.prepare.text_tokenizer import (
     TOKENIZER_MODELS,
     clip_tokenizer,
     tokenizer_statistics,
     train_tokenizer,
 )
-from mhmoe_vl.data.shards import write_atomically
+from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import ConfigError, OutputError, exit_on_user_error
 
 
@@ -30,12 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("no texts to learn from: name folders of shards or text files, or take --clip")
         if args.out.exists() and not args.overwrite:
             raise OutputError(f"{args.out}: exists; add --overwrite, or choose another --out")
-        if args.clip:
-            tokenizer = clip_tokenizer()
-        else:
-            texts = iterate_texts(args.sources)
-            tokenizer = train_tokenizer(texts, vocab_size=args.vocab_size, model=args.model, lowercase=args.lowercase)
-        statistics = tokenizer_statistics(tokenizer, iterate_texts(args.sources)) if args.sources else None
+        check_writable(args.out)
+        skipped: list[Skip] = []
+        tokenizer = clip_tokenizer() if args.clip else _train(args)
+        statistics = tokenizer_statistics(tokenizer, _read(args, skipped, "measuring")) if args.sources else None
         write_atomically(args.out, tokenizer.to_str(pretty=True).encode())
         print(f"{args.out}: vocabulary of {tokenizer.get_vocab_size()} tokens")
         if statistics:
@@ -43,7 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{statistics.num_texts} texts of {statistics.mean_length:.1f} tokens on average, "
                 f"{statistics.unknown_share:.3%} of them unknown"
             )
+        if skipped:
+            print_skips(Console(), skipped, title=f"skipped {len(skipped)} lines")
     return 0
+
+
+def _train(args: argparse.Namespace) -> Tokenizer:
+    options = {"vocab_size": args.vocab_size, "model": args.model, "lowercase": args.lowercase}
+    if sys.stderr.isatty():
+        return train_tokenizer(iterate_texts(args.sources, []), **options, show_progress=True)
+    return train_tokenizer(_read(args, [], "learning from"), **options)
+
+
+def _read(args: argparse.Namespace, skipped: list[Skip], what: str) -> Iterator[str]:
+    return show_progress(iterate_texts(args.sources, skipped), label=f"{what} texts", amount=lambda _: 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,7 +1,8 @@
 """python -m data_prep.verify_shards --decode data/coco-train
 
-Read every byte of shards and compare them with their indexes; --decode also decodes every image, and --write-index
-makes an index for tars that were written elsewhere, for example by img2dataset. Exits with 65 if there are problems.
+Read every byte of shards and compare them with their indexes and the manifest of their folder; --decode also decodes
+every image, and --write-index makes an index for tars that were written elsewhere, for example by img2dataset. Exits
+with 65 if there are problems.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Verify shards; see the top of this file."""
     args = _parse(argv)
     with exit_on_user_error():
+        # What a manifest lists and is absent belongs in the report.
+        shards = find_shards(args.shards, check_manifest=False)
         checks = verify_shards(
-            find_shards(args.shards),
+            shards,
             kind=args.kind,
             decode=args.decode,
             write_indexes=args.write_index,
             num_workers=args.workers,
         )
-        _report(checks)
+        _report(checks, len(shards))
     return 0
 
 
@@ -42,16 +45,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _report(checks: Sequence[ShardCheck]) -> None:
+def _report(checks: Sequence[ShardCheck], num_shards: int) -> None:
     indexes = [check.index for check in checks if check.index]
     problems = [problem for check in checks for problem in check.problems]
     kinds = ", ".join(sorted({index.kind for index in indexes})) or "unknown kind"
     num_samples, num_items = sum(i.num_samples for i in indexes), sum(i.num_items for i in indexes)
-    print(f"{len(checks)} shards of {kinds}: {num_samples} usable samples with {num_items} items")
+    print(f"{num_shards} shards of {kinds}: {num_samples} usable samples with {num_items} items")
     if problems:
         print_skips(Console(), problems, title="problems")
         affected = sum(bool(check.problems) for check in checks)
-        raise DataError(f"{len(problems)} problems in {affected} of {len(checks)} shards; see the table above")
+        raise DataError(f"{len(problems)} problems in {affected} files; see the table above")
 
 
 if __name__ == "__main__":

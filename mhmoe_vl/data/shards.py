@@ -11,23 +11,25 @@ import json
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from mhmoe_vl.errors import DataError, OutputError, suggest
+from mhmoe_vl.data.files import write_atomically
+from mhmoe_vl.errors import DataError, suggest
 
 KINDS = ("image", "text", "pair", "vqa", "nlvr2")
 INDEX_FORMAT = "mhmoe_vl/index/1"
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"
+UNFINISHED = "unfinished"
 
 MAX_MEMBER_BYTES = 64 * 2**20
 
 _MAX_OPEN_FILES = 64
+_MAX_NAME_BYTES = 255
 
 
 class Member(NamedTuple):
@@ -78,6 +80,17 @@ class ShardIndex:
     def num_items(self) -> int:
         """Number of training examples in the shard."""
         return sum(sample.num_items for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. ``shards`` has an entry with counts and checksum for each name, ``files`` the
+    SHA-256 of each other file."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    shards: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, str]
 
 
 def is_url(path: str) -> bool:
@@ -156,25 +169,45 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace") + b"\n"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either absent, old or complete, whenever the process or the machine dies.
+def read_manifest(directory: Path) -> Manifest | None:
+    """Read the manifest of a folder; None if it has none.
 
     Raises:
-        OutputError: the file cannot be written.
+        DataError: it cannot be read, is something else, or names files outside of its folder.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    path = directory / MANIFEST
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        content = json.loads(path.read_bytes())
+        manifest = Manifest(
+            kind=content.get("kind", ""),
+            settings=dict(content.get("settings", {})),
+            shards={entry["name"]: entry for entry in content["shards"]},
+            files=dict(content.get("files", {})),
+        )
+        is_sound = all(is_file_name(name) for name in (*manifest.shards, *manifest.files))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
+        raise DataError(f"{path}: cannot read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise DataError(f"{path}: not a manifest of shards; delete it or pack again")
+    return manifest
 
 
-def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+def is_file_name(name: Any) -> bool:
+    """Whether ``name`` can be that of a file in a folder: no path, which could lead out of it, and nothing else."""
+    if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+        return False
+    return os.sep not in name and len(name.encode()) <= _MAX_NAME_BYTES
+
+
+def find_shards(paths: str | Path | Sequence[str | Path], *, check_manifest: bool = True) -> list[Path]:
     """Local tars named by directories (all their ``*.tar``), brace expressions ``x-{00000..00009}.tar`` and globs.
+
+    Args:
+        check_manifest: all shards that a directory's manifest lists must be there.
 
     Returns:
         Shards in the order given, those of a directory or glob sorted by name.
@@ -186,7 +219,7 @@ def find_shards(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     missing: list[str] = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         for expanded in _expand_braces(str(path)):
-            found = _find(Path(expanded))
+            found = _find(Path(expanded), check_manifest)
             shards += found
             if not found:
                 missing.append(expanded)
@@ -267,17 +300,23 @@ def _parse_index(shard: Path, fields: dict[str, Any]) -> ShardIndex:
         kind=fields["kind"],
         num_bytes=fields["num_bytes"],
         sha256=fields["sha256"],
-        samples=tuple(
-            IndexedSample(
-                sample["key"],
-                sample["num_items"],
-                {name: Member(*place) for name, place in sample["members"].items()},
-            )
-            for sample in fields["samples"]
-        ),
+        samples=tuple(_parse_sample(sample, fields["num_bytes"]) for sample in fields["samples"]),
         skipped=tuple(Skip(**skip) for skip in fields["skipped"]),
         plan=fields["plan"],
     )
+
+
+def _parse_sample(fields: dict[str, Any], num_bytes: int) -> IndexedSample:
+    sample = IndexedSample(
+        fields["key"], fields["num_items"], {name: Member(*place) for name, place in fields["members"].items()}
+    )
+    numbers = (sample.num_items, *(number for member in sample.members.values() for number in member))
+    if not isinstance(sample.key, str) or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"sample {str(sample.key)[:80]!r}: key, num_items or a member is of another type")
+    for name, member in sample.members.items():
+        if member.offset + member.size > num_bytes:
+            raise ValueError(f"sample {sample.key!r}: {name} ends behind the shard")
+    return sample
 
 
 def _expand_braces(path: str) -> list[str]:
@@ -292,9 +331,11 @@ def _expand_braces(path: str) -> list[str]:
         raise DataError(f"{path}: braces do not match; write for example x-{{00000..00009}}.tar") from None
 
 
-def _find(path: Path) -> list[Path]:
+def _find(path: Path, check_manifest: bool) -> list[Path]:
     if path.is_dir():
         _check_finished(path)
+        if check_manifest:
+            _check_complete(path)
         return sorted(path.glob("*.tar"))
     if path.exists():
         return [path]
@@ -304,19 +345,19 @@ def _find(path: Path) -> list[Path]:
 
 
 def _check_finished(directory: Path) -> None:
-    if (directory / UNFINISHED).exists():
+    # With a manifest, it is the replacement of a data set that has not finished, and this one is as it was.
+    if (directory / UNFINISHED).exists() and not (directory / MANIFEST).exists():
         raise DataError(f"{directory}: packing was interrupted; run the same data_prep command again to finish it")
-    manifest = directory / MANIFEST
-    if not manifest.exists():
+
+
+def _check_complete(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    if manifest is None:
         return
-    try:
-        listed = [shard["name"] for shard in json.loads(manifest.read_bytes())["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{manifest}: not a manifest of shards; delete it or pack again") from None
-    absent = [name for name in listed if not (directory / name).is_file()]
+    absent = [name for name in manifest.shards if not (directory / name).is_file()]
     if absent:
         raise DataError(
-            f"{directory}: {len(absent)} of {len(listed)} shards of the manifest are absent, first {absent[0]}"
+            f"{directory}: {len(absent)} of {len(manifest.shards)} shards of the manifest are absent, first {absent[0]}"
         )
 
 

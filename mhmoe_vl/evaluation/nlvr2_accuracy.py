@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,24 +50,6 @@ def nlvr2_accuracy(predictions: Mapping[str, bool], labels: Mapping[str, bool]) 
         n=len(labels),
         num_groups=len(group_is_right),
     )
-
-
-def load_nlvr2_labels(path: str | Path) -> dict[str, bool]:
-    """Labels of an official file: one JSON object per line with ``identifier`` and ``label`` ("True" or "False").
-
-    Raises:
-        DataError: unreadable file, malformed line, or an identifier that occurs twice.
-    """
-    pairs = []
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            pairs.append((str(row["identifier"]), str(row["label"])))
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                f"{path}: entry {number} is {line[:120]!r}, but must be a JSON object with identifier and label"
-            ) from None
-    return _truth_by_identifier(path, pairs)
 
 
 def load_nlvr2_predictions(path: str | Path) -> dict[str, bool]:

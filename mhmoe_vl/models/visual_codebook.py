@@ -6,18 +6,20 @@ Shape suffixes: B images, P patches, C values of a patch (3 * patch_size^2), K c
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.models.embeddings import normalize_pixels
 
 FORMAT = "mhmoe_vl/visual-codebook/1"
+
+# 8192 codes and the patches of 256 images would make a matrix of 1.6 GB.
+_MAX_DISTANCES = 2**24
 
 
 class VisualCodebook(nn.Module):
@@ -45,10 +47,16 @@ class VisualCodebook(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Codes of every patch, int64 ``[B, P]``, row by row; ``image`` is uint8 ``[B, 3, H, W]``."""
-        patches_BPC = to_patches(normalize_pixels(image), self.patch_size)
-        # argmin |x - c|^2 = argmin |c|^2 - 2 x.c: no [B, P, K, C] tensor.
-        distance_BPK = self.codes_KC.square().sum(-1) - 2 * patches_BPC @ self.codes_KC.T
-        return distance_BPK.argmin(-1)
+        return self.nearest(to_patches(normalize_pixels(image), self.patch_size))
+
+    @torch.no_grad()
+    def nearest(self, patches_BPC: Tensor) -> Tensor:
+        """The number of the nearest code, int64 ``[B, P]``."""
+        norm_K = self.codes_KC.square().sum(-1)
+        # argmin |x - c|^2 = argmin |c|^2 - 2 x.c: no [B, P, K, C] tensor, and of [B, P, K] a part at a time.
+        parts = patches_BPC.flatten(0, 1).split(max(1, _MAX_DISTANCES // self.num_codes))
+        nearest = [torch.addmm(norm_K, part, self.codes_KC.T, alpha=-2).argmin(-1) for part in parts]
+        return torch.cat(nearest).unflatten(0, patches_BPC.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -56,12 +64,10 @@ class VisualCodebook(nn.Module):
         patches = self.codes_KC[codes_BP].unflatten(-1, (3, self.patch_size, self.patch_size)).unflatten(1, grid)
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-    def save(self, path: Path) -> None:
-        """Write ``path`` (safetensors), by way of a temporary name."""
-        temporary = path.with_name(path.name + ".tmp")
+    def serialized(self) -> bytes:
+        """Content of the safetensors file that :meth:`load` reads."""
         metadata = {"format": FORMAT, "config": json.dumps({"patch_size": self.patch_size})}
-        save_file({"codes": self.codes_KC.contiguous()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        return save({"codes": self.codes_KC.contiguous()}, metadata)
 
     @staticmethod
     def load(path: Path) -> VisualCodebook:

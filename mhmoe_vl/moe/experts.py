@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhmoe_vl.moe.activations import STATE
 from mhmoe_vl.moe.dispatch import Assignment, served_weights
 from mhmoe_vl.moe.local import local_part
 from mhmoe_vl.moe.segments import segment_moe
@@ -124,7 +125,7 @@ class Experts(nn.Module):
         if self.backend != "auto":
             return BackendChoice(self.backend, "asked for")
         if device.type == "cpu":
-            return BackendChoice("segments", "on a CPU, hidden activations stay in cache and are kept once")
+            return BackendChoice("segments", f"on a CPU, hidden activations stay in cache and are kept once; {STATE}")
         if device.type == "meta":
             return BackendChoice("segments", "without memory, one operation that knows the shapes of its results")
         if device.type != "cuda":

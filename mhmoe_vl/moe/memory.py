@@ -12,6 +12,9 @@ import math
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,18 +87,32 @@ class RecycledMemory:
 
 
 class Workspace:
-    """Scratch tensors of one thread, by name, that grow to the largest size asked for and stay in cache."""
+    """Scratch tensors, by name and dtype, that grow to the largest size asked for and stay in cache."""
 
-    _kept = threading.local()
+    _idle: ClassVar[deque[Workspace]] = deque()
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, num_rows: int, width: int) -> Tensor:
-        kept, key = self._kept.__dict__, f"{name} {self.dtype}"
-        buffer = kept.get(key)
+    @classmethod
+    @contextmanager
+    def borrow(cls) -> Iterator[Workspace]:
+        """A workspace that nobody else has until the end of the block. They are few, one for each thread that works at
+        the same time, and not bound to threads: those of OpenMP are new to Python every time."""
+        try:
+            workspace = cls._idle.pop()
+        except IndexError:
+            workspace = cls()
+        try:
+            yield workspace
+        finally:
+            cls._idle.append(workspace)
+
+    def __call__(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``[num_rows, width]``, with arbitrary values; another call of the same name takes it over."""
+        buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < num_rows * width:
-            buffer = kept[key] = torch.empty(num_rows * width, dtype=self.dtype, device="cpu")
+            buffer = self._buffers[name, dtype] = torch.empty(num_rows * width, dtype=dtype, device="cpu")
         return buffer[: num_rows * width].view(num_rows, width)
 
 

@@ -5,7 +5,8 @@ gradients of weights that are touched for the first time, page by page, and rows
 to the next. Here an expert's rows are gathered, sent through it and weighted in blocks that stay in cache; only
 pre-activations and the experts' outputs are kept for the backward pass, which makes the activations again instead of
 loading them; weight gradients are written where they belong; and all that is large lives in memory that was used
-before (:mod:`~mhmoe_vl.moe.memory`).
+before (:mod:`~mhmoe_vl.moe.memory`). Threads take experts of their own, if these are many and even enough
+(:mod:`~mhmoe_vl.moe.threads`); else all threads share every matmul.
 
 Shape suffixes: N rows, K choices per row, A = N K assignments (number n K + k), E experts, D row width, F hidden width,
 H width of the first product (F, or 2 F for GLU experts), B rows of one block.
@@ -13,21 +14,24 @@ H width of the first product (F, or 2 F for GLU experts), B rows of one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from mhmoe_vl.moe import threads
+from mhmoe_vl.moe.activations import activate, activate_backward
 from mhmoe_vl.moe.memory import Workspace, recycled
-
-aten = torch.ops.aten
 
 #: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden
 #: activations stay in cache. In 16 bits matmuls are so fast that they need more rows, and sums over blocks would be
 #: rounded each time.
-BLOCK_ROWS = {8: 512, 4: 512, 2: 8192}
+BLOCK_ROWS = {8: 512, 4: 1024, 2: 8192}
 
 
 def segment_moe(
@@ -76,17 +80,21 @@ def _forward(
     row_A = order_A if weights_NK.shape[1] == 1 else order_A // weights_NK.shape[1]
     y_AD = recycled.empty(num_choices, dim, dtype=dtype)
     pre_AH = recycled.empty(num_choices if keep else 0, width, dtype=dtype)
-    work = Workspace(dtype)
     w1, w2 = w1_EDH.unbind(0), w2_EFD.unbind(0)
-    end = 0
-    for expert, start, stop in _blocks(counts_E, dtype):
-        num_block_rows, end = stop - start, stop
-        x_BD = torch.index_select(x_ND, 0, row_A[start:stop], out=work("x", num_block_rows, dim))
-        pre_BH = pre_AH[start:stop] if keep else work("pre", num_block_rows, width)
-        hidden_BF = work("hidden", num_block_rows, hidden_width)
-        _affine(x_BD, w1[expert], None if b1_EH is None else b1_EH[expert], out=pre_BH)
-        _activate(pre_BH, glu, out=hidden_BF)
-        _affine(hidden_BF, w2[expert], None if b2_ED is None else b2_ED[expert], out=y_AD[start:stop])
+    b1, b2 = (None if bias is None else bias.unbind(0) for bias in (b1_EH, b2_ED))
+
+    def run(segment: Segment, work: Workspace) -> None:
+        expert, start, stop = segment
+        num_block_rows = stop - start
+        x_BD = torch.index_select(x_ND, 0, row_A[start:stop], out=work("x", num_block_rows, dim, dtype))
+        pre_BH = pre_AH[start:stop] if keep else work("pre", num_block_rows, width, dtype)
+        hidden_BF = work("hidden", num_block_rows, hidden_width, dtype)
+        _affine(x_BD, w1[expert], None if b1 is None else b1[expert], out=pre_BH)
+        activate(pre_BH, glu=glu, out=hidden_BF)
+        _affine(hidden_BF, w2[expert], None if b2 is None else b2[expert], out=y_AD[start:stop])
+
+    segments, end = _segments(counts_E)
+    _for_each([block for segment in segments for block in segment.blocks(dtype)], run)
     y_AD[end:] = 0
     y_ND = _gather_back(y_AD, _places(order_A).view_as(weights_NK), weights_NK.to(dtype))
     return y_ND, pre_AH, y_AD if keep else y_AD.new_empty(0, dim)
@@ -121,27 +129,31 @@ def _backward(
     dw2_EFD = recycled.empty(*w2_EFD.shape, dtype=dtype)
     db1_EH, db2_ED = w1_EDH.new_empty(num_experts, width), w2_EFD.new_empty(num_experts, dim)
     dweight_A = torch.zeros_like(weights_NK, memory_format=torch.contiguous_format).view(-1)
-    work = Workspace(dtype)
     w1_T, w2_T = w1_EDH.transpose(1, 2).unbind(0), w2_EFD.transpose(1, 2).unbind(0)
-    end, previous = 0, -1
-    for expert, start, stop in _blocks(counts_E, dtype):
-        num_block_rows, end = stop - start, stop
-        pre_BH, row_B = pre_AH[start:stop], row_A[start:stop]
-        dy_BD = torch.index_select(dy_ND, 0, row_B, out=work("dy", num_block_rows, dim))
-        x_BD = work("x", num_block_rows, dim)
-        torch.sum(torch.mul(dy_BD, y_AD[start:stop], out=x_BD), -1, dtype=dweight_A.dtype, out=dweight_A[start:stop])
-        dy_BD *= weight_A1[start:stop]
-        torch.index_select(x_ND, 0, row_B, out=x_BD)
-        hidden_BF = work("hidden", num_block_rows, hidden_width)
-        dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width))
-        dpre_BH = _activate_backward(dhidden_BF, pre_BH, glu, hidden_BF, work)
-        first = expert != previous
-        _accumulate_product(dw2_EFD[expert], hidden_BF.T, dy_BD, first=first)
-        _accumulate_product(dw1_EDH[expert], x_BD.T, dpre_BH, first=first)
-        _accumulate_sum(db1_EH[expert], dpre_BH, first=first)
-        _accumulate_sum(db2_ED[expert], dy_BD, first=first)
-        torch.mm(dpre_BH, w1_T[expert], out=dx_AD[start:stop])
-        previous = expert
+    dw1, db1, dw2, db2 = (gradient.unbind(0) for gradient in (dw1_EDH, db1_EH, dw2_EFD, db2_ED))
+
+    def run(segment: Segment, work: Workspace) -> None:
+        for expert, start, stop in segment.blocks(dtype):
+            num_block_rows, first = stop - start, start == segment.start
+            pre_BH, row_B = pre_AH[start:stop], row_A[start:stop]
+            dy_BD = torch.index_select(dy_ND, 0, row_B, out=work("dy", num_block_rows, dim, dtype))
+            x_BD = work("x", num_block_rows, dim, dtype)
+            torch.mul(dy_BD, y_AD[start:stop], out=x_BD)
+            torch.sum(x_BD, -1, dtype=dweight_A.dtype, out=dweight_A[start:stop])
+            dy_BD *= weight_A1[start:stop]
+            torch.index_select(x_ND, 0, row_B, out=x_BD)
+            hidden_BF = work("hidden", num_block_rows, hidden_width, dtype)
+            dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width, dtype))
+            scratch = partial(work, "dpre", num_block_rows, width, dtype)
+            dpre_BH = activate_backward(dhidden_BF, pre_BH, glu=glu, hidden_BF=hidden_BF, scratch=scratch)
+            _accumulate_product(dw2[expert], hidden_BF.T, dy_BD, first=first)
+            _accumulate_product(dw1[expert], x_BD.T, dpre_BH, first=first)
+            _accumulate_sum(db1[expert], dpre_BH, first=first)
+            _accumulate_sum(db2[expert], dy_BD, first=first)
+            torch.mm(dpre_BH, w1_T[expert], out=dx_AD[start:stop])
+
+    segments, end = _segments(counts_E)
+    _for_each(segments, run)
     for expert in (counts_E == 0).nonzero().flatten().tolist():
         for gradient in (dw1_EDH, db1_EH, dw2_EFD, db2_ED):
             gradient[expert].zero_()
@@ -208,14 +220,40 @@ def _gather_back(y_AD: Tensor, place_NK: Tensor, weights_NK: Tensor | None) -> T
     return F.embedding_bag(place_NK, y_AD, per_sample_weights=weights_NK, mode="sum")
 
 
-def _blocks(counts_E: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end row) of every block; an expert's rows are cut evenly, so that no block is tiny."""
-    start = 0
-    for expert, count in enumerate(counts_E.tolist()):
+class Segment(NamedTuple):
+    """Rows ``start`` to ``stop`` in expert order, all of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+    def blocks(self, dtype: torch.dtype) -> list[Segment]:
+        """Parts of nearly the same size, so that none is tiny."""
+        count = self.stop - self.start
         num_blocks = -(-count // BLOCK_ROWS[dtype.itemsize])
-        for block in range(num_blocks):
-            yield expert, start + count * block // num_blocks, start + count * (block + 1) // num_blocks
+        ends = [self.start + count * block // num_blocks for block in range(num_blocks + 1)]
+        return [Segment(self.expert, start, stop) for start, stop in pairwise(ends)]
+
+
+def _segments(counts_E: Tensor) -> tuple[list[Segment], int]:
+    """The segments that are not empty, and the end of the last."""
+    segments, start = [], 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            segments.append(Segment(expert, start, start + count))
         start += count
+    return segments, start
+
+
+def _for_each(segments: list[Segment], run: Callable[[Segment, Workspace], None]) -> None:
+    sizes = [segment.stop - segment.start for segment in segments]
+    if threads.can_share(sizes):
+        # The largest first: what is left at the end should be small.
+        threads.share([segment for _, segment in sorted(zip(sizes, segments, strict=True), reverse=True)], run)
+        return
+    with Workspace.borrow() as workspace:
+        for segment in segments:
+            run(segment, workspace)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
@@ -223,31 +261,6 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> N
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias, x, weight, out=out)
-
-
-def _activate(pre_BH: Tensor, glu: bool, *, out: Tensor) -> None:
-    if glu:
-        gate_BF, up_BF = pre_BH.chunk(2, dim=-1)
-        aten.silu.out(gate_BF, out=out)
-        out *= up_BF
-    else:
-        # Exact GELU: the tanh form is 3-5 times slower on CPU.
-        aten.gelu.out(pre_BH, out=out)
-
-
-def _activate_backward(dhidden_BF: Tensor, pre_BH: Tensor, glu: bool, hidden_BF: Tensor, work: Workspace) -> Tensor:
-    """Gradient of the pre-activations; fills ``hidden_BF`` with the activations again. ``dhidden_BF`` is used up."""
-    _activate(pre_BH, glu, out=hidden_BF)
-    if not glu:
-        return aten.gelu_backward.grad_input(dhidden_BF, pre_BH, grad_input=dhidden_BF)
-    gate_BF, up_BF = pre_BH.chunk(2, dim=-1)
-    dpre_BH = work("dpre", *pre_BH.shape)
-    dgate_BF, dup_BF = dpre_BH.chunk(2, dim=-1)
-    aten.silu.out(gate_BF, out=dup_BF)
-    dup_BF *= dhidden_BF
-    dhidden_BF *= up_BF
-    aten.silu_backward.grad_input(dhidden_BF, gate_BF, grad_input=dgate_BF)
-    return dpre_BH
 
 
 def _accumulate_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mhmoe_vl.config import dump_config, load_config
-from mhmoe_vl.data.shards import write_atomically
+from mhmoe_vl.data.files import write_atomically
 from mhmoe_vl.errors import ConfigError, DataError, OutputError
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import METRICS

@@ -1,15 +1,16 @@
-"""Tables of image paths and captions: ``.csv`` and ``.tsv`` with a header, or ``.jsonl``."""
+"""Tables of image paths and captions: ``.csv`` and ``.tsv`` (without quoting) with a header, or ``.jsonl``."""
 
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.prepare.json_files import read_json_lines
 from mhmoe_vl.data.prepare.pairs import pair_record
-from mhmoe_vl.data.prepare.records import ImageRoot, Records, make_key
+from mhmoe_vl.data.prepare.records import ImageRoot, Records, make_keys
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import DataError, suggest
 
@@ -33,30 +34,45 @@ def read_caption_table(path: Path, images: ImageRoot, *, image_column: str, capt
                 raise DataError(f"{path}: {place}: has no column '{column}'{near}; columns: {', '.join(known)}")
         file = row[image_column]
         if isinstance(file, str) and file:
-            captions.setdefault(file, []).extend(row[column] for column in caption_columns)
+            captions.setdefault(os.path.normpath(file), []).extend(row[column] for column in caption_columns)
         else:
             yield Skip(place, "no_image_path", f"'{image_column}' is {file!r}")
-    for file, texts in captions.items():
-        yield from pair_record(make_key(str(Path(file).with_suffix(""))), file, file, texts, images)
+    for key, (file, texts) in zip(make_keys(list(captions)), captions.items(), strict=True):
+        yield from pair_record(key, file, file, texts, images)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]] | Skip]:
     if path.suffix == ".jsonl":
         yield from read_json_lines(path)
     elif path.suffix in (".csv", ".tsv"):
-        yield from _csv_rows(path, "\t" if path.suffix == ".tsv" else ",")
+        yield from _table_rows(path)
     else:
         raise DataError(f"{path}: a caption table must end in .csv, .tsv or .jsonl")
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]] | Skip]:
+def _table_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]] | Skip]:
+    # Between tabs a quote is a character like any other. Between commas it can be left open by mistake, and would
+    # then swallow rows up to the next one.
+    is_tsv = path.suffix == ".tsv"
+    start = 1
     try:
         # Bytes that are not UTF-8 become surrogates: the caption check finds them and blames the right row.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter=delimiter)
-            for row in reader:
-                yield f"{path.name}:{reader.line_num}", row
+            if is_tsv:
+                reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
+            start = reader.line_num + 1
+            for fields in reader:
+                place, start = f"{path.name}:{start}", reader.line_num + 1
+                if len(fields) == len(header):
+                    yield place, dict(zip(header, fields, strict=True))
+                elif fields:
+                    detail = f"has {len(fields)} fields, and the header has {len(header)}"
+                    yield Skip(place, "wrong_number_of_fields", detail)
     except csv.Error as error:
-        raise DataError(f"{path}: not a table: {error}") from None
+        remedy = "" if is_tsv else "; is a quote left open? One inside of a quoted field must be written twice"
+        raise DataError(f"{path}: cannot read the row that starts in line {start}: {error}{remedy}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror}") from None

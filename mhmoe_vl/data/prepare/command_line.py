@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mhmoe_vl.data.prepare.packing import SKIPPED, Packing, PackingReport, pack, split_holdout
-from mhmoe_vl.data.prepare.records import Records, make_key
+from mhmoe_vl.data.prepare.packing import (
+    SKIPPED,
+    NothingPackedError,
+    Packing,
+    PackingReport,
+    output_folder,
+    pack,
+    split_holdout,
+)
+from mhmoe_vl.data.prepare.records import Record, make_key
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import DataError
 
@@ -32,7 +40,9 @@ def packing_parser(
         "--workers", type=positive_int, default=1, metavar="N", help="processes; the result is the same"
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="pack at most N samples (per data set)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is in --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the data set that is in --out, once the new one is complete"
+    )
     parser.add_argument(
         "--max-skipped",
         type=fraction,
@@ -51,7 +61,7 @@ def packing_parser(
     if has_holdout:
         parser.add_argument(
             "--holdout",
-            type=fraction,
+            type=holdout_share,
             metavar="SHARE",
             help="write this share of the samples, chosen by hash of the key, to a second data set OUT-val",
         )
@@ -73,8 +83,15 @@ def packing_of(args: argparse.Namespace, kind: str) -> Packing:
     )
 
 
-def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], Records]) -> int:
+def holdout_directory(directory: Path) -> Path:
+    """Where ``--holdout`` writes the held-out part of the data set ``directory``."""
+    return directory.with_name(directory.name + "-val")
+
+
+def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], Iterable[Record | Skip]]) -> int:
     """Pack what ``read()`` gives, with ``--holdout`` into two folders; print what happened.
+
+    ``read`` is called for each folder; if it gives a list, the progress bar knows its length.
 
     Raises:
         DataError: after all is written, if more than ``--max-skipped`` was unusable.
@@ -82,16 +99,41 @@ def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], R
     holdout = getattr(args, "holdout", None)
     if holdout is None:
         return _print_reports([pack(read(), packing)], args.max_skipped)
+
+    def records(*, held_out: bool) -> Iterable[Record | Skip]:
+        source = read()
+        part = split_holdout(source, holdout, held_out=held_out)
+        return list(part) if isinstance(source, Sequence) else part
+
+    def has_records(entries: Iterable[Record | Skip]) -> bool:
+        return any(isinstance(entry, Record) for entry in entries)
+
     settings = {**packing.settings, "holdout": holdout}
     val = replace(
         packing,
-        directory=packing.directory.with_name(packing.directory.name + "-val"),
+        directory=holdout_directory(packing.directory),
         name=f"{packing.name}-val",
         settings={**settings, "part": "val"},
     )
     train = replace(packing, settings={**settings, "part": "train"})
-    reports = [pack(split_holdout(read(), holdout, held_out=part is val), part) for part in (train, val)]
-    return _print_reports(reports, args.max_skipped)
+    for part in (train, val):
+        output_folder(part)
+    reports = []
+    # The small part first: if it turns out to be empty, nothing has been written.
+    for part in (val, train):
+        try:
+            reports.append(pack(records(held_out=part is val), part))
+        except NothingPackedError:
+            is_empty = not has_records(records(held_out=part is val))
+            if is_empty and has_records(read()):
+                raise DataError(
+                    f"--holdout {holdout:g}: {'selects none' if part is val else 'leaves none'} of the records; "
+                    "choose another share, or pack without --holdout"
+                ) from None
+            if part is train or not is_empty:
+                raise
+            # There are no records at all: the train part, which has all the skips, will tell why.
+    return _print_reports(reports[::-1], args.max_skipped)
 
 
 def positive_int(text: str) -> int:
@@ -110,6 +152,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def holdout_share(text: str) -> float:
+    """An argparse type: a part, neither nothing nor everything."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, not {value}")
+    return value
+
+
 def print_skips(console: Console, skipped: Sequence[Skip], *, title: str) -> None:
     """A table of reasons with their number and a few examples."""
     by_reason: Mapping[str, list[Skip]] = defaultdict(list)
@@ -118,21 +168,27 @@ def print_skips(console: Console, skipped: Sequence[Skip], *, title: str) -> Non
     table = Table("reason", "number", "examples", title=title, title_justify="left")
     for reason, skips in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         examples = "\n".join(f"{skip.source}: {skip.detail}" for skip in skips[:_EXAMPLES_SHOWN])
-        table.add_row(reason, str(len(skips)), escape(examples))
+        table.add_row(reason, str(len(skips)), escape(printable(examples)))
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what a terminal cannot show, such as the bytes of an undecodable file name."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _print_reports(reports: Sequence[PackingReport], max_skipped: float) -> int:
     console = Console()
     for report in reports:
+        place = printable(str(report.directory))
         console.print(
-            f"{report.directory}: samples {report.num_samples}, items {report.num_items}, shards {report.num_shards}",
+            f"{place}: samples {report.num_samples}, items {report.num_items}, shards {report.num_shards}",
             highlight=False,
             soft_wrap=True,
             markup=False,
         )
         if report.skipped:
-            title = f"skipped {len(report.skipped)} ({report.skipped_share:.1%}), see {report.directory / SKIPPED}"
+            title = f"skipped {len(report.skipped)} ({report.skipped_share:.1%}), see {place}/{SKIPPED}"
             print_skips(console, report.skipped, title=title)
     worst = max(report.skipped_share for report in reports)
     if worst > max_skipped:

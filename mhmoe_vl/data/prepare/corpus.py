@@ -7,13 +7,15 @@ from pathlib import Path
 
 from mhmoe_vl.data.decode import captions_of, clean_text, decode_json, decode_text
 from mhmoe_vl.data.prepare.documents import read_documents
-from mhmoe_vl.data.prepare.records import Record
-from mhmoe_vl.data.shards import ShardReader, find_shards, read_index
+from mhmoe_vl.data.shards import ShardReader, Skip, find_shards, read_index
 from mhmoe_vl.errors import DataError
 
 
-def iterate_texts(paths: Sequence[str]) -> Iterator[str]:
+def iterate_texts(paths: Sequence[str], skipped: list[Skip]) -> Iterator[str]:
     """Texts, captions, questions and sentences of shards (folders, ``.tar``), and the lines of other files.
+
+    Args:
+        skipped: lines that cannot be used, such as those that are not UTF-8, are added to it.
 
     Raises:
         DataError: a path is absent, a shard has no index or is damaged, or a folder holds images only.
@@ -22,7 +24,9 @@ def iterate_texts(paths: Sequence[str]) -> Iterator[str]:
         file = Path(path)
         if file.is_file() and file.suffix != ".tar":
             for record in read_documents([file]):
-                if isinstance(record, Record) and record.text:
+                if isinstance(record, Skip):
+                    skipped.append(record)
+                elif record.text:
                     yield record.text
         else:
             yield from _texts_of_shards(find_shards(path))

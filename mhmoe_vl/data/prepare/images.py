@@ -7,9 +7,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from mhmoe_vl.data.decode import decode_image, image_extension
+from mhmoe_vl.data.decode import decode_image, read_image_header
+from mhmoe_vl.data.shards import MAX_MEMBER_BYTES
+from mhmoe_vl.errors import DataError
 
 _JPEG_QUALITY = 92
+
+
+class FileTooLargeError(DataError):
+    """An image file of more bytes than a member of a shard may have."""
+
+    reason = "too_large"
 
 
 def load_image(path: Path, *, image_size: int | None = None) -> tuple[str, bytes]:
@@ -23,14 +31,17 @@ def load_image(path: Path, *, image_size: int | None = None) -> tuple[str, bytes
 
     Raises:
         OSError: the file cannot be read.
-        DataError: it cannot be decoded; one of the classes of :mod:`mhmoe_vl.data.decode` that have a ``reason``.
+        DataError: it is too large or cannot be decoded; the class has a ``reason``.
     """
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_MEMBER_BYTES:
+        raise FileTooLargeError(f"file of {num_bytes} bytes; at most {MAX_MEMBER_BYTES} are read")
     data = path.read_bytes()
-    extension = image_extension(data)
+    header = read_image_header(data)
     image = decode_image(data)
-    if image_size is None or min(image.size) <= image_size:
-        return extension, data
-    scale = image_size / min(image.size)
+    if image_size is None or min(header.size) <= image_size:
+        return header.extension, data
+    scale = min(1.0, image_size / min(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     smaller = io.BytesIO()
     image.resize((width, height), Image.Resampling.BICUBIC).save(smaller, "JPEG", quality=_JPEG_QUALITY)

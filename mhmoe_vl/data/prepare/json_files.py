@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,43 @@ def objects_of(path: Path, fields: Mapping[str, Any], name: str) -> list[dict[st
     return rows
 
 
-def field_of(path: Path, row: Mapping[str, Any], name: str) -> Any:
-    """``row[name]``, which every entry of this format must have.
+def text_of(path: Path, row: Mapping[str, Any], name: str) -> str:
+    """The string ``row[name]``, which every entry of this format must have.
 
     Raises:
-        DataError: it is not there.
+        DataError: it is not there, or not a string.
     """
-    try:
-        return row[name]
-    except KeyError:
-        raise DataError(f"{path}: an entry has no '{name}'; it has {', '.join(row) or 'nothing'}") from None
+    return _field_of(path, row, name, (str,), "a string")
+
+
+def id_of(path: Path, row: Mapping[str, Any], name: str) -> int | str:
+    """The identifier ``row[name]``, which every entry of this format must have.
+
+    Raises:
+        DataError: it is not there, or neither an integer nor a string.
+    """
+    return _field_of(path, row, name, (int, str), "an integer or a string")
+
+
+def _field_of(path: Path, row: Mapping[str, Any], name: str, types: tuple[type, ...], expected: str) -> Any:
+    if name not in row:
+        raise DataError(f"{path}: an entry has no '{name}'; it has {', '.join(row) or 'nothing'}")
+    # True is an int to Python, and not to JSON.
+    if type(row[name]) not in types:
+        entry = json.dumps({key: value for key, value in row.items() if not isinstance(value, (list, dict))})
+        raise DataError(f"{path}: '{name}' must be {expected}, not {json_type(row[name])} in {entry[:200]}")
+    return row[name]
+
+
+def json_type(value: Any) -> str:
+    """What a parsed value is to the reader of a JSON file."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return "a number"
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Skip]:

@@ -77,6 +77,6 @@ def _image_files(pair: str, row: Mapping[str, Any], images: ImageRoot) -> tuple[
         candidates = [explicit] if explicit else [folder + name for folder in folders]
         found = images.first_existing(candidates)
         if found is None:
-            return candidates[0] if explicit else name
+            return str(explicit) if explicit else name
         files.append(found)
     return files[0], files[1]

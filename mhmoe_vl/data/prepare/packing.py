@@ -1,27 +1,27 @@
 """Records to shards: deterministic, in parallel, and restartable after any interruption.
 
 The records decide the bytes: shard ``i`` holds the records from ``i * samples_per_shard`` on, less those that turn out
-to be unusable, whatever the number of workers. ``unfinished.json`` marks a folder until its manifest is written.
+to be unusable, whatever the number of workers. What the folder held before stays until the new data set is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mhmoe_vl import __version__
+from mhmoe_vl.data.prepare.output_folder import OutputFolder
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
 from mhmoe_vl.data.prepare.records import Record
 from mhmoe_vl.data.prepare.shard_writer import ShardJob, ShardResult, write_shard
-from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, Skip, encode_json, write_atomically
-from mhmoe_vl.errors import DataError, OutputError
+from mhmoe_vl.data.shards import Skip, encode_json
+from mhmoe_vl.errors import DataError
 
 MANIFEST_FORMAT = "mhmoe_vl/manifest/1"
 SKIPPED = "skipped.jsonl"
@@ -74,32 +74,51 @@ class PackingReport:
         return len(self.skipped) / max(1, len(self.skipped) + self.num_samples)
 
 
+class NothingPackedError(DataError):
+    """No record could be packed. ``skipped`` tells why; it is empty if there was none to begin with."""
+
+    def __init__(self, directory: Path, skipped: Sequence[Skip]) -> None:
+        super().__init__(f"{directory}: nothing could be packed{_commonest(skipped)}")
+        self.skipped = skipped
+
+
 def pack(records: Iterable[Record | Skip], packing: Packing) -> PackingReport:
     """Write a data set folder: shards with indexes, ``skipped.jsonl``, and ``manifest.json`` last.
 
-    Run again after an interruption, it keeps the shards that are complete; both ways give the same bytes.
+    Run again after an interruption, it keeps the shards that are complete; both ways give the same bytes. Nothing in
+    the folder changes before the first record has been read, and no earlier data set before the new one is complete.
+
+    Args:
+        records: a sequence, if it fits into memory, shows in the progress bar how many there are.
 
     Raises:
         OutputError: the folder holds something else, or cannot be written.
-        DataError: not a single record could be packed.
+        NothingPackedError: not a single record could be packed.
     """
-    _claim_directory(packing)
+    folder = output_folder(packing)
     skipped_by_reader: list[Skip] = []
-    jobs = _plan_shards(records, packing, skipped_by_reader)
-    results = list(
-        show_progress(
-            map_in_processes(write_shard, jobs, num_workers=packing.num_workers),
-            label=f"packing {packing.name}",
-            amount=lambda result: result.num_samples,
+    jobs = _plan_shards(records, packing, folder, skipped_by_reader)
+    first_job = next(jobs, None)
+    if first_job is None:
+        raise NothingPackedError(packing.directory, skipped_by_reader)
+    folder.begin()
+    try:
+        results = list(
+            show_progress(
+                map_in_processes(write_shard, chain([first_job], jobs), num_workers=packing.num_workers),
+                label=f"packing {packing.name}",
+                amount=lambda result: result.num_samples + len(result.skipped),
+                total=_num_expected(records, packing.limit),
+            )
         )
-    )
-    skipped = (*skipped_by_reader, *(skip for result in results for skip in result.skipped))
-    written = [result for result in results if result.num_samples]
-    if not written:
-        (packing.directory / UNFINISHED).unlink()
-        raise DataError(f"{packing.directory}: nothing could be packed{_commonest(skipped)}")
-    _check_no_other_shards(packing, written)
-    _finish(packing, written, skipped)
+        skipped = (*skipped_by_reader, *(skip for result in results for skip in result.skipped))
+        written = [result for result in results if result.num_samples]
+        if not written:
+            raise NothingPackedError(packing.directory, skipped)
+        files = {**packing.files, SKIPPED: b"".join(encode_json(skip._asdict()) for skip in skipped)}
+        folder.publish([result.name for result in written], files, _manifest(packing, written, skipped, files))
+    finally:
+        folder.discard_if_empty()
     return PackingReport(
         packing.directory,
         len(written),
@@ -107,6 +126,15 @@ def pack(records: Iterable[Record | Skip], packing: Packing) -> PackingReport:
         sum(result.num_items for result in written),
         skipped,
     )
+
+
+def output_folder(packing: Packing) -> OutputFolder:
+    """The folder that ``packing`` writes to, checked and not yet touched.
+
+    Raises:
+        OutputError: it holds something that must not be replaced.
+    """
+    return OutputFolder(packing.directory, _settings(packing), overwrite=packing.overwrite)
 
 
 def split_holdout(records: Iterable[Record | Skip], fraction: float, *, held_out: bool) -> Iterator[Record | Skip]:
@@ -122,14 +150,24 @@ def split_holdout(records: Iterable[Record | Skip], fraction: float, *, held_out
             yield record
 
 
-def _plan_shards(records: Iterable[Record | Skip], packing: Packing, skipped: list[Skip]) -> Iterator[ShardJob]:
+def _num_expected(records: Iterable[Record | Skip], limit: int | None) -> int | None:
+    if not isinstance(records, Sequence):
+        return None
+    num_records = len({record.key for record in records if isinstance(record, Record)})
+    return num_records if limit is None else min(num_records, limit)
+
+
+def _plan_shards(
+    records: Iterable[Record | Skip], packing: Packing, folder: OutputFolder, skipped: list[Skip]
+) -> Iterator[ShardJob]:
     keys: set[str] = set()
     chunk: list[Record] = []
     num_shards = 0
 
     def job() -> ShardJob:
-        path = packing.directory / f"{packing.name}-{num_shards:05d}.tar"
-        return ShardJob(path, packing.kind, tuple(chunk), packing.images, packing.image_size)
+        name = f"{packing.name}-{num_shards:05d}.tar"
+        places = folder.staging / name, folder.directory / name
+        return ShardJob(*places, folder.replaces, packing.kind, tuple(chunk), packing.images, packing.image_size)
 
     for record in records:
         if isinstance(record, Skip):
@@ -160,60 +198,10 @@ def _settings(packing: Packing) -> dict[str, Any]:
     }
 
 
-def _claim_directory(packing: Packing) -> None:
-    """Refuse a folder that holds another data set; mark ours as unfinished."""
-    directory = packing.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if packing.overwrite:
-            _delete_data_set(packing)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot write: {error.strerror}") from None
-    settings = json.loads(encode_json(_settings(packing)))
-    # A run that failed before its first shard does not bind the next one.
-    before = _settings_before(directory) if any(directory.glob("*.tar")) else settings
-    if before is None:
-        raise OutputError(f"{directory}: holds shards that were not packed here; choose another --out")
-    if before != settings:
-        different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-        raise OutputError(
-            f"{directory}: holds a data set with other {', '.join(different)}; add --overwrite, or choose another --out"
-        )
-    write_atomically(directory / UNFINISHED, encode_json({"settings": settings}))
-
-
-def _settings_before(directory: Path) -> dict[str, Any] | None:
-    for name in (UNFINISHED, MANIFEST):
-        try:
-            return json.loads((directory / name).read_bytes())["settings"]
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OutputError(f"{directory / name}: not readable; add --overwrite, or choose another --out") from None
-    return None
-
-
-def _delete_data_set(packing: Packing) -> None:
-    shard_file = re.compile(rf"{re.escape(packing.name)}-\d{{5,}}\.(tar|idx\.json)(\.tmp)?")
-    for path in packing.directory.iterdir():
-        if shard_file.fullmatch(path.name) or path.name in (MANIFEST, UNFINISHED, SKIPPED, *packing.files):
-            path.unlink()
-
-
-def _check_no_other_shards(packing: Packing, written: list[ShardResult]) -> None:
-    others = {path.name for path in packing.directory.glob("*.tar")} - {result.name for result in written}
-    if others:
-        raise OutputError(
-            f"{packing.directory / min(others)}: is left from an earlier packing of more records; add --overwrite"
-        )
-
-
-def _finish(packing: Packing, written: list[ShardResult], skipped: tuple[Skip, ...]) -> None:
-    directory = packing.directory
-    for name, content in packing.files.items():
-        write_atomically(directory / name, content)
-    write_atomically(directory / SKIPPED, b"".join(encode_json(skip._asdict()) for skip in skipped))
-    manifest = {
+def _manifest(
+    packing: Packing, written: Sequence[ShardResult], skipped: Sequence[Skip], files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    return {
         "format": MANIFEST_FORMAT,
         "version": __version__,
         "kind": packing.kind,
@@ -234,12 +222,11 @@ def _finish(packing: Packing, written: list[ShardResult], skipped: tuple[Skip, .
             }
             for result in written
         ],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
     }
-    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
-    (directory / UNFINISHED).unlink()
 
 
-def _commonest(skipped: tuple[Skip, ...]) -> str:
+def _commonest(skipped: Sequence[Skip]) -> str:
     if not skipped:
         return ": the source has no entries"
     reason, count = Counter(skip.reason for skip in skipped).most_common(1)[0]

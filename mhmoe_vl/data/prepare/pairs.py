@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from mhmoe_vl.data.decode import clean_text
+from mhmoe_vl.data.prepare.json_files import json_type
 from mhmoe_vl.data.prepare.records import ImageRoot, Record, Records
 from mhmoe_vl.data.shards import Skip
 
@@ -32,7 +32,7 @@ def pair_record(key: str, image_id: Any, file: str, captions: Sequence[Any], ima
 
 def _caption_problem(caption: Any) -> tuple[str, str] | None:
     if not isinstance(caption, str):
-        return "bad_caption", f"{json.dumps(caption)[:80]} is not a string"
+        return "bad_caption", f"is {json_type(caption)}, not a string"
     if any("\udc80" <= character <= "\udcff" for character in caption):
         return "not_utf8", f"{caption[:80]!r}"
     if not clean_text(caption):

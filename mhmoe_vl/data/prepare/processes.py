@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,8 +32,7 @@ def map_in_processes(
         yield from map(function, jobs)
         return
     pending: deque[Future[ResultT]] = deque()
-    # Ctrl-C reaches the whole process group; the parent alone decides what becomes of it.
-    with ProcessPoolExecutor(num_workers, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_follow_parent) as pool:
         try:
             for job in jobs:
                 pending.append(pool.submit(function, job))
@@ -48,5 +50,16 @@ def map_in_processes(
                 future.cancel()
 
 
-def _ignore_interrupts() -> None:
+def _follow_parent() -> None:
+    """Let the parent alone decide when this worker ends, and end at once if the parent is killed."""
+    # Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker of the standard library would wait for its next job for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -47,7 +48,16 @@ def make_key(name: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]", "-", name)
     if safe == name and 0 < len(name) <= _MAX_KEY_LENGTH:
         return name
-    return f"{safe[: _MAX_KEY_LENGTH - 17]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:16]}"
+    # An undecodable file name has lone surrogates.
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return f"{safe[: _MAX_KEY_LENGTH - 17]}-{digest[:16]}"
+
+
+def make_keys(files: Sequence[str]) -> list[str]:
+    """A key for each path: the path without its extension, or with it where paths differ in nothing else."""
+    stems = [os.path.splitext(file)[0] for file in files]
+    num_files = Counter(stems)
+    return [make_key(stem if num_files[stem] == 1 else file) for stem, file in zip(stems, files, strict=True)]
 
 
 def numeric_key(number: int | str) -> str:
@@ -65,12 +75,14 @@ class ImageRoot:
         self.path = path
         self._names_in = cache(self._list_folder)
 
-    def has(self, relative: str) -> bool:
-        """Whether there is a file at ``relative``, which must stay inside the root."""
+    def has(self, relative: Any) -> bool:
+        """Whether ``relative`` is the path of a file that is there, and stays inside the root."""
+        if not isinstance(relative, str):
+            return False
         folder, _, name = os.path.normpath(relative).rpartition(os.sep)
         return folder.split(os.sep)[0] != ".." and not os.path.isabs(relative) and name in self._names_in(folder)
 
-    def first_existing(self, candidates: list[str]) -> str | None:
+    def first_existing(self, candidates: Sequence[str]) -> str | None:
         """The first of several possible places at which there is a file."""
         return next((candidate for candidate in candidates if self.has(candidate)), None)
 
@@ -78,5 +90,5 @@ class ImageRoot:
         try:
             with os.scandir(self.path / folder) as entries:
                 return frozenset(entry.name for entry in entries if entry.is_file())
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a zero byte or a lone surrogate in the path
             return frozenset()

@@ -11,7 +11,8 @@ import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
 
 from mhmoe_vl.data.decode import IMAGE_EXTENSIONS, captions_of, clean_text, decode_json, decode_text, image_name
@@ -19,6 +20,9 @@ from mhmoe_vl.data.shards import KINDS, MAX_MEMBER_BYTES, IndexedSample, Member,
 from mhmoe_vl.errors import DataError
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+# Kind -> list of its JSON file, and the fields that each item of the list must have: an identifier and a text.
+_ITEMS = {"vqa": ("questions", "question_id", "question"), "nlvr2": ("examples", "identifier", "sentence")}
 
 # (offset, size) of the files of one sample, by extension.
 _Places = dict[str, tuple[int, int]]
@@ -43,30 +47,39 @@ def scan_shard(shard: Path, *, kind: str | None = None) -> ShardIndex:
     Raises:
         DataError: not an uncompressed tar, truncated, damaged, or without a usable sample.
     """
-    groups, skipped = _group_members(shard)
-    with shard.open("rb") as file:
-        kind = kind or _guess_kind(file.fileno(), groups)
-        if kind not in KINDS:
-            raise DataError(f"{shard}: unknown kind '{kind}'; known kinds: {', '.join(KINDS)}")
-        samples = []
-        for key, places in groups.items():
-            try:
-                samples.append(_index_sample(file.fileno(), kind, key, places))
-            except _UnusableSampleError as error:
-                skipped.append(Skip(key, error.reason, str(error)))
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if kind is not None and kind not in KINDS:
+        raise DataError(f"{shard}: unknown kind '{kind}'; known kinds: {', '.join(KINDS)}")
+    try:
+        with shard.open("rb") as file:
+            return _scan(shard, file, kind)
+    except OSError as error:
+        raise DataError(f"{shard}: cannot read shard: {error.strerror}") from None
+
+
+def _scan(shard: Path, file: BufferedReader, kind: str | None) -> ShardIndex:
+    num_bytes = os.fstat(file.fileno()).st_size
+    groups, skipped = _group_members(_tar_entries(shard, file, num_bytes))
+    kind = kind or _guess_kind(file.fileno(), groups)
+    samples = []
+    for key, places in groups.items():
+        try:
+            samples.append(_index_sample(file.fileno(), kind, key, places))
+        except _UnusableSampleError as error:
+            skipped.append(Skip(key, error.reason, str(error)))
     if not samples:
         example = f"; first problem: {skipped[0].source}: {skipped[0].reason}: {skipped[0].detail}" if skipped else ""
         raise DataError(f"{shard}: has no usable sample of kind '{kind}'{example}")
-    return ShardIndex(shard, kind, shard.stat().st_size, sha256, tuple(samples), tuple(skipped))
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardIndex(shard, kind, num_bytes, sha256, tuple(samples), tuple(skipped))
 
 
-def _group_members(shard: Path) -> tuple[dict[str, _Places], list[Skip]]:
+def _group_members(entries: Iterable[tarfile.TarInfo]) -> tuple[dict[str, _Places], list[Skip]]:
     """Adjacent files with one key make a sample: the WebDataset rule."""
     groups: dict[str, _Places] = {}
     skipped: list[Skip] = []
     current = None
-    for entry in _tar_entries(shard):
+    for entry in entries:
         if entry.isdir():
             continue
         name, parts = entry.name.removeprefix("./"), split_member_name(entry.name)
@@ -91,15 +104,22 @@ def _group_members(shard: Path) -> tuple[dict[str, _Places], list[Skip]]:
     return groups, skipped
 
 
-def _tar_entries(shard: Path) -> list[tarfile.TarInfo]:
+def _tar_entries(shard: Path, file: BufferedReader, num_bytes: int) -> list[tarfile.TarInfo]:
+    entries: list[tarfile.TarInfo] = []
+    end = 0
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            entries = tar.getmembers()
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (entry := tar.next()) is not None:
+                # tarfile believes any size, and one below zero would send it back to where it has been.
+                if entry.size < 0 or tar.offset <= end or entry.offset_data > num_bytes:
+                    raise tarfile.ReadError(f"impossible size {entry.size} of {entry.name!r}")
+                entries.append(entry)
+                end = tar.offset
             _check_end(shard, file.fileno(), tar.offset)
-    except tarfile.TarError as error:
-        raise DataError(_explain_damage(shard, str(error))) from None
-    except OSError as error:
-        raise DataError(f"{shard}: cannot read shard: {error.strerror}") from None
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # tarfile raises nearly anything on damaged headers
+        raise DataError(_explain_damage(shard, " ".join(str(error).split()) or type(error).__name__)) from None
     return entries
 
 
@@ -122,7 +142,7 @@ def _explain_damage(shard: Path, message: str) -> str:
             return f"{shard}: {name}-compressed; shards are read in any order, so decompress it to a plain tar first"
     if message == "unexpected end of data":
         return f"{shard}: truncated tar; copy or write it again"
-    return f"{shard}: not a tar ({message}); copy or write it again"
+    return f"{shard}: not a tar, or a damaged one ({message[:200]}); copy or write it again"
 
 
 def _guess_kind(descriptor: int, groups: Mapping[str, _Places]) -> str:
@@ -190,11 +210,14 @@ def _wanted_members(kind: str, places: _Places) -> list[str]:
 
 
 def _count_items(kind: str, contents: dict[str, bytes]) -> int:
-    if kind in ("vqa", "nlvr2"):
-        field = "questions" if kind == "vqa" else "examples"
+    if kind in _ITEMS:
+        field, identifier, text = _ITEMS[kind]
         items = decode_json(contents["json"]).get(field)
         if not isinstance(items, list) or not items:
             raise _UnusableSampleError("empty", f"json has no '{field}'")
+        for item in items:
+            if not isinstance(item, dict) or identifier not in item or not isinstance(item.get(text), str):
+                raise DataError(f"each of '{field}' must be an object with '{identifier}' and a string '{text}'")
         return len(items)
     if kind == "pair" and not captions_of(contents):
         raise _UnusableSampleError("empty_caption", "no caption with a visible character")

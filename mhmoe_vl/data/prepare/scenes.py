@@ -8,7 +8,6 @@ answer and label in :mod:`mhmoe_vl.data.prepare.scene_language`.
 
 from __future__ import annotations
 
-import os
 import random
 import zlib
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mhmoe_vl.errors import ConfigError, OutputError
+from mhmoe_vl.data.files import completed
+from mhmoe_vl.errors import ConfigError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -129,15 +129,11 @@ def write_scene_image(scene: Scene, path: Path, *, image_size: int, noise_seed: 
         ConfigError: as :func:`render_scene`.
         OutputError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     image = render_scene(scene, image_size=image_size, noise_seed=noise_seed)
-    try:
+    # No fsync, unlike write_atomically: for thousands of images that takes longer than drawing them.
+    with completed(path) as temporary:
         # Grain hardly compresses: a higher level would cost half the time again and save 6 %.
         image.save(temporary, format="PNG", compress_level=1)
-        # No fsync, unlike write_atomically: for thousands of images that takes longer than drawing them.
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def _sample_scene(rng: random.Random) -> Scene:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from webdataset.writer import TarWriter
 
+from mhmoe_vl.data.files import completed
 from mhmoe_vl.data.prepare.images import load_image
 from mhmoe_vl.data.prepare.records import Record
 from mhmoe_vl.data.prepare.scan import scan_shard
 from mhmoe_vl.data.shards import (
     INDEX_FORMAT,
+    MAX_MEMBER_BYTES,
     ShardIndex,
     Skip,
     encode_json,
@@ -26,9 +31,17 @@ from mhmoe_vl.errors import DataError, OutputError
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that decides the bytes of one shard."""
+    """One shard to write.
+
+    Attributes:
+        path: where to write it.
+        published: its place in the finished data set, where an earlier packing may have left it.
+        replaces: a shard of other records at either place is replaced, and one of an earlier data set never kept.
+    """
 
     path: Path
+    published: Path
+    replaces: bool
     kind: str
     records: tuple[Record, ...]
     images: Path | None
@@ -62,25 +75,31 @@ def write_shard(job: ShardJob) -> ShardResult:
         OutputError: the shard cannot be written, or the one that is there was packed from other records.
     """
     plan = job.plan
-    index = _finished_index(job.path)
-    if index is not None and index.plan != plan:
-        raise OutputError(
-            f"{job.path}: was packed from other records or options; add --overwrite, or choose another --out"
-        )
-    if index is None:
-        temporary = job.path.with_name(job.path.name + ".tmp")
-        try:
-            num_samples, skipped = _write_tar(temporary, job)
-            if not num_samples:
-                temporary.unlink()
-                return ShardResult(job.path.name, 0, 0, 0, "", tuple(skipped))
-            scanned = scan_shard(temporary, kind=job.kind)
-            temporary.replace(job.path)
-        except OSError as error:
-            raise OutputError(f"{job.path}: cannot write: {error.strerror}") from None
-        index = replace(scanned, path=job.path, plan=plan, skipped=(*skipped, *scanned.skipped))
-        write_index(index)
-    return ShardResult(job.path.name, index.num_samples, index.num_items, index.num_bytes, index.sha256, index.skipped)
+    for place in (job.path,) if job.replaces else (job.path, job.published):
+        index = _finished_index(place)
+        if index is not None and index.plan == plan:
+            return _result(index)
+        if index is not None and not job.replaces:
+            raise OutputError(
+                f"{place}: was packed from other records or options; add --overwrite, or choose another --out"
+            )
+    skipped: list[Skip] = []
+    samples = _usable_samples(job, skipped)
+    first = next(samples, None)
+    if first is None:
+        return ShardResult(job.path.name, 0, 0, 0, "", tuple(skipped))
+    with completed(job.path) as temporary:
+        _write_tar(temporary, chain([first], samples))
+        scanned = scan_shard(temporary, kind=job.kind)
+    index = replace(scanned, path=job.path, plan=plan, skipped=(*skipped, *scanned.skipped))
+    write_index(index)
+    return _result(index)
+
+
+def _result(index: ShardIndex) -> ShardResult:
+    return ShardResult(
+        index.path.name, index.num_samples, index.num_items, index.num_bytes, index.sha256, index.skipped
+    )
 
 
 def _finished_index(shard: Path) -> ShardIndex | None:
@@ -92,23 +111,25 @@ def _finished_index(shard: Path) -> ShardIndex | None:
         return None
 
 
-def _write_tar(path: Path, job: ShardJob) -> tuple[int, list[Skip]]:
-    num_samples = 0
-    skipped: list[Skip] = []
+def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     with path.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, mode=0o644, user="", group="") as tar:
-            for record in job.records:
-                members = _members(record, job, skipped)
-                if members:
-                    tar.write({"__key__": record.key, **members})
-                    num_samples += 1
+            for sample in samples:
+                tar.write(sample)
         file.flush()
         os.fsync(file.fileno())
-    return num_samples, skipped
+
+
+def _usable_samples(job: ShardJob, skipped: list[Skip]) -> Iterator[dict[str, Any]]:
+    """Samples as webdataset writes them; of each that cannot be used a skip is noted."""
+    for record in job.records:
+        members = _members(record, job, skipped)
+        if members:
+            yield {"__key__": record.key, **members}
 
 
 def _members(record: Record, job: ShardJob, skipped: list[Skip]) -> dict[str, bytes]:
-    """The files of one sample; empty, and a skip noted, if an image cannot be used."""
+    """The files of one sample; empty, and a skip noted, if it cannot be used."""
     members = {}
     for prefix, relative in record.images.items():
         assert job.images is not None
@@ -125,4 +146,10 @@ def _members(record: Record, job: ShardJob, skipped: list[Skip]) -> dict[str, by
         members["txt"] = record.text.encode()
     if record.fields is not None:
         members["json"] = encode_json(record.fields)
+    for name, data in members.items():
+        # What no reader accepts must not get into a shard.
+        if len(data) > MAX_MEMBER_BYTES:
+            detail = f"{name} has {len(data)} bytes; at most {MAX_MEMBER_BYTES} are packed"
+            skipped.append(Skip(record.key, "too_large", detail))
+            return {}
     return members

@@ -35,13 +35,21 @@ class TokenizerStatistics:
     unknown_share: float
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model: str = "bpe", lowercase: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    model: str = "bpe",
+    lowercase: bool = False,
+    show_progress: bool = False,
+) -> Tokenizer:
     """Learn a vocabulary of at most ``vocab_size`` tokens, special tokens included.
 
     Args:
         model: ``bpe``: byte-level byte-pair encoding, for which no text is unknown; ``unigram``: SentencePiece's model
             (Kudo, 2018, arXiv:1804.10959), whose trainer sums in a random order, so that scores and the order of
             ids differ a little between runs.
+        show_progress: draw the bars of the ``tokenizers`` library, for terminals.
 
     Raises:
         ConfigError: unknown model, or fewer tokens than bytes for ``bpe``.
@@ -51,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model: str = "bpe"
     least = len(SPECIAL_TOKENS) + (_NUM_BYTES if model == "bpe" else 1)
     if vocab_size < least:
         raise ConfigError(f"vocabulary size is {vocab_size}; '{model}' needs at least {least}")
-    tokenizer, trainer = (_byte_level_bpe if model == "bpe" else _unigram)(vocab_size)
+    tokenizer, trainer = (_byte_level_bpe if model == "bpe" else _unigram)(vocab_size, show_progress)
     tokenizer.normalizer = _normalizer(lowercase)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -116,7 +124,7 @@ def tokenizer_statistics(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenize
     )
 
 
-def _byte_level_bpe(vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
+def _byte_level_bpe(vocab_size: int, show_progress: bool) -> tuple[Tokenizer, trainers.Trainer]:
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -124,17 +132,17 @@ def _byte_level_bpe(vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     return tokenizer, trainer
 
 
-def _unigram(vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
+def _unigram(vocab_size: int, show_progress: bool) -> tuple[Tokenizer, trainers.Trainer]:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), unk_token=UNKNOWN, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), unk_token=UNKNOWN, show_progress=show_progress
     )
     return tokenizer, trainer
 

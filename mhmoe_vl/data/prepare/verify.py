@@ -1,16 +1,27 @@
-"""Check data set folders: tars against their indexes, checksums, images, and keys across shards."""
+"""Check data set folders: tars against their indexes and the manifest, checksums, images, and keys across shards."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mhmoe_vl.data.decode import decode_image, image_member
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
 from mhmoe_vl.data.prepare.scan import scan_shard
-from mhmoe_vl.data.shards import ShardIndex, ShardReader, Skip, index_path, read_index, write_index
+from mhmoe_vl.data.shards import (
+    MANIFEST,
+    Manifest,
+    ShardIndex,
+    ShardReader,
+    Skip,
+    index_path,
+    read_index,
+    read_manifest,
+    write_index,
+)
 from mhmoe_vl.errors import DataError
 
 _IMAGE_PREFIXES = {"nlvr2": ("left", "right"), "text": ()}
@@ -18,7 +29,7 @@ _IMAGE_PREFIXES = {"nlvr2": ("left", "right"), "text": ()}
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What was found in one shard; ``index`` is of what is in the tar, None if it cannot be read as a tar."""
+    """What was found in one file; ``index`` is of what is in the tar, None if it cannot be read as one."""
 
     path: Path
     index: ShardIndex | None
@@ -49,18 +60,20 @@ def verify_shards(
         write_indexes: write an index of the usable samples where a shard has none or an outdated one.
 
     Returns:
-        One check per shard. Problems are unusable samples, a missing or differing index, images that cannot be decoded,
-        and keys that an earlier shard has.
+        One check per shard, and one for each other file of a folder with a problem. Problems are unusable samples, a
+        missing or differing index, images that cannot be decoded, keys that an earlier shard has, another kind than
+        the folder's first shard, and differences from the folder's manifest.
     """
     jobs = [_Job(path, kind, decode, write_indexes) for path in shards]
     checks = list(
         show_progress(
             map_in_processes(_check_shard, jobs, num_workers=num_workers),
-            label="verifying samples",
-            amount=lambda check: check.index.num_samples if check.index else 0,
+            label="verifying shards",
+            amount=lambda _: 1,
+            total=len(jobs),
         )
     )
-    return _find_repeated_keys(checks)
+    return _compare_with_manifests(_find_mixed_kinds(_find_repeated_keys(checks)))
 
 
 def _check_shard(job: _Job) -> ShardCheck:
@@ -116,5 +129,66 @@ def _find_repeated_keys(checks: Sequence[ShardCheck]) -> list[ShardCheck]:
             first = owner.setdefault((check.path.parent, sample.key), name)
             if first != name:
                 repeated.append(Skip(f"{name}: {sample.key}", "duplicate_key", f"{first} has this key too"))
-        complete.append(ShardCheck(check.path, check.index, (*check.problems, *repeated)))
+        complete.append(_add(check, repeated))
     return complete
+
+
+def _find_mixed_kinds(checks: Sequence[ShardCheck]) -> list[ShardCheck]:
+    first: dict[Path, ShardIndex] = {}
+    complete = []
+    for check in checks:
+        problems = []
+        if check.index:
+            of_folder = first.setdefault(check.path.parent, check.index)
+            if check.index.kind != of_folder.kind:
+                detail = f"is of kind '{check.index.kind}', and {of_folder.path.name} of kind '{of_folder.kind}'"
+                problems.append(Skip(check.path.name, "mixed_kinds", detail))
+        complete.append(_add(check, problems))
+    return complete
+
+
+def _compare_with_manifests(checks: Sequence[ShardCheck]) -> list[ShardCheck]:
+    complete = []
+    for folder in dict.fromkeys(check.path.parent for check in checks):
+        of_folder = [check for check in checks if check.path.parent == folder]
+        try:
+            manifest = read_manifest(folder)
+        except DataError as error:
+            of_folder.append(ShardCheck(folder / MANIFEST, None, (Skip(MANIFEST, "bad_manifest", str(error)),)))
+        else:
+            if manifest is not None:
+                of_folder = [_add(check, _differences(check, manifest)) for check in of_folder]
+                of_folder += _check_files(folder, manifest)
+        complete += of_folder
+    return complete
+
+
+def _differences(check: ShardCheck, manifest: Manifest) -> list[Skip]:
+    name, listed, found = check.path.name, manifest.shards.get(check.path.name), check.index
+    if listed is None:
+        return [Skip(name, "not_in_manifest", f"{MANIFEST} does not list it: it belongs to another data set")]
+    if found is None:
+        return []
+    expected = {"kind": manifest.kind, **listed}
+    different = [
+        field
+        for field in ("kind", "num_samples", "num_items", "num_bytes", "sha256")
+        if getattr(found, field) != expected.get(field)
+    ]
+    return [Skip(name, "manifest_mismatch", f"other {', '.join(different)} than in {MANIFEST}")] if different else []
+
+
+def _check_files(folder: Path, manifest: Manifest) -> list[ShardCheck]:
+    """Whether everything is there, and what is not a shard is as it was written."""
+    problems = []
+    for name in (*manifest.shards, *manifest.files):
+        path = folder / name
+        if not path.is_file():
+            problems.append(Skip(name, "absent", f"{MANIFEST} lists it"))
+        elif name in manifest.files and hashlib.sha256(path.read_bytes()).hexdigest() != manifest.files[name]:
+            problems.append(Skip(name, "manifest_mismatch", f"other sha256 than in {MANIFEST}"))
+    return [ShardCheck(folder / problem.source, None, (problem,)) for problem in problems]
+
+
+def _add(check: ShardCheck, problems: Sequence[Skip]) -> ShardCheck:
+    return replace(check, problems=(*check.problems, *problems))

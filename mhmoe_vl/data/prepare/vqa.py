@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.decode import clean_text
-from mhmoe_vl.data.prepare.json_files import field_of, objects_of, read_json_object
+from mhmoe_vl.data.prepare.json_files import id_of, json_type, objects_of, read_json_object
 from mhmoe_vl.data.prepare.records import ImageRoot, Record, Records, numeric_key
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.data.vqa_answers import soft_targets
@@ -36,12 +36,12 @@ def read_vqa(
     by_image: dict[Any, list[dict[str, Any]]] = {}
     seen = set()
     for question in objects_of(questions, content, "questions"):
-        question_id = field_of(questions, question, "question_id")
+        question_id = id_of(questions, question, "question_id")
         if question_id in seen:
             yield Skip(f"question {question_id}", "duplicate_id", "an earlier question has this id")
             continue
         seen.add(question_id)
-        image_id = field_of(questions, question, "image_id")
+        image_id = id_of(questions, question, "image_id")
         try:
             packed_question = _pack(question, answers)
         except _UnusableQuestionError as error:
@@ -77,7 +77,7 @@ def _read_annotations(path: Path, data_subtype: str) -> Generator[Skip, None, di
         )
     answers: dict[Any, dict[str, Any]] = {}
     for annotation in objects_of(path, content, "annotations"):
-        question_id = field_of(path, annotation, "question_id")
+        question_id = id_of(path, annotation, "question_id")
         if question_id in answers:
             yield Skip(f"annotation of question {question_id}", "duplicate_id", "an earlier annotation has this id")
         answers.setdefault(question_id, annotation)
@@ -86,7 +86,8 @@ def _read_annotations(path: Path, data_subtype: str) -> Generator[Skip, None, di
 
 def _pack(question: Mapping[str, Any], annotations: Mapping[Any, Mapping[str, Any]] | None) -> dict[str, Any]:
     """The entry of one question in the JSON member."""
-    text = clean_text(str(question.get("question") or ""))
+    asked = question.get("question")
+    text = clean_text(asked) if isinstance(asked, str) else ""
     if not text:
         raise _UnusableQuestionError("empty_question", "no visible character")
     packed = {"question_id": question["question_id"], "question": text}
@@ -98,15 +99,18 @@ def _pack(question: Mapping[str, Any], annotations: Mapping[Any, Mapping[str, An
     if annotation.get("image_id") != question["image_id"]:
         detail = f"asked about image {question['image_id']}, answered about image {annotation.get('image_id')}"
         raise _UnusableQuestionError("image_id_mismatch", detail)
-    given = annotation.get("answers") or []
-    answers = [entry["answer"] for entry in given if isinstance(entry, dict) and isinstance(entry.get("answer"), str)]
-    if not answers or len(answers) != len(given):
+    given = annotation.get("answers")
+    rows = given if isinstance(given, list) else []
+    answers = [entry["answer"] for entry in rows if isinstance(entry, dict) and isinstance(entry.get("answer"), str)]
+    if not answers or len(answers) != len(rows):
         raise _UnusableQuestionError("no_answers", "answers must be a list of objects with a string 'answer'")
+    described = {name: annotation.get(name) for name in ("question_type", "answer_type", "multiple_choice_answer")}
+    wrong = next((name for name, value in described.items() if not isinstance(value, str | None)), None)
+    if wrong is not None:
+        raise _UnusableQuestionError("bad_annotation", f"'{wrong}' is {json_type(described[wrong])}, not a string")
     return {
         **packed,
-        "question_type": annotation.get("question_type"),
-        "answer_type": annotation.get("answer_type"),
-        "multiple_choice_answer": annotation.get("multiple_choice_answer"),
+        **described,
         "answers": answers,
         "labels": soft_targets(answers),
     }
@@ -115,7 +119,7 @@ def _pack(question: Mapping[str, Any], annotations: Mapping[Any, Mapping[str, An
 def _image_file(pattern: str, image_id: Any, data_subtype: str) -> str:
     try:
         return pattern.format(image_id=image_id, data_subtype=data_subtype)
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"--image-pattern '{pattern}' does not fit image id {image_id!r}: {error}; "
             "it may use {image_id} (of numbers also {image_id:012d}) and {data_subtype}"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import unicodedata
 import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +24,8 @@ from mhmoe_vl.data.decode import (
     clean_text,
     decode_image,
     decode_json,
-    image_extension,
     image_member,
+    read_image_header,
 )
 from mhmoe_vl.errors import DataError
 from tests.unit.data.files import encoded, image_bytes
@@ -169,12 +173,91 @@ def test_max_pixels() -> None:
         decode_image(data, max_pixels=99)
 
 
+def png_of_zeros(bits: int, color_type: int, num_channels: int, side: int = 8000) -> bytes:
+    """A small file of a large picture."""
+    header = side.to_bytes(4, "big") * 2 + bytes([bits, color_type, 0, 0, 0])
+    pixels = zlib.compress(bytes(side * (1 + side * num_channels * bits // 8)), 1)
+    chunks = [b"IHDR" + header, b"IDAT" + pixels, b"IEND"]
+    parts = [len(c[4:]).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+HOSTILE_IMAGES = {
+    "16-bit gray": lambda: png_of_zeros(16, 0, 1),
+    "gray and alpha": lambda: png_of_zeros(8, 4, 2),
+    "WebP": lambda: encoded(Image.new("RGBA", (4100, 4100)), "WEBP", method=0),
+    "TIFF of one strip": lambda: encoded(
+        Image.new("RGB", (6000, 6000)), "TIFF", compression="tiff_lzw", strip_size=2**31 - 1
+    ),
+    "progressive JPEG": lambda: encoded(Image.new("RGB", (6500, 6500)), "JPEG", progressive=True, subsampling=0),
+}
+# The high-water mark of this program alone, which getrusage mixes up with that of the one that started it.
+MEASURE = """
+import sys
+from mhmoe_vl.data.decode import decode_image
+
+def megabytes():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) / 1024
+
+data = open(sys.argv[1], "rb").read()
+before = megabytes()
+decode_image(data)
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.parametrize("name", HOSTILE_IMAGES)
+def test_no_image_takes_more_than_300_megabytes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "image").write_bytes(HOSTILE_IMAGES[name]())
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "image")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 20 < float(result.stdout) < 300
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "side", "options"),
+    [("WEBP", "L", 5000, {"lossless": True, "method": 0}), ("JPEG", "CMYK", 6200, {})],
+)
+def test_what_would_take_more_is_refused(format: str, mode: str, side: int, options: dict[str, Any]) -> None:  # noqa: A002
+    data = encoded(Image.new(mode, (side, side)), format, **options)
+    with pytest.raises(ImageTooLargeError, match=rf"{format} image of .*: decoding it would take \d+ MiB"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "I;16", "P"])
+def test_large_images_come_out_smaller(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr("mhmoe_vl.data.decode._STRIP_PIXELS", 50)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (13, 22, 3), dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (13, 22), dtype=np.uint16))
+    data = encoded(image.convert(mode), "PNG")
+    full = Image.fromarray(pixels(data))
+    monkeypatch.setattr("mhmoe_vl.data.decode.FULL_SIZE_PIXELS", 80)
+    assert read_image_header(data).size == (22, 13)
+    np.testing.assert_array_equal(pixels(data), np.asarray(full.reduce(2)))
+    monkeypatch.setattr("mhmoe_vl.data.decode.FULL_SIZE_PIXELS", 71)
+    assert pixels(data).shape == (4, 6, 3)
+
+
+def test_large_jpegs_come_out_smaller_and_upright(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (64, 32), "red")
+    image.paste("blue", (0, 0, 32, 32))
+    monkeypatch.setattr("mhmoe_vl.data.decode.FULL_SIZE_PIXELS", 600)
+    shown = pixels(encoded(image, "JPEG", exif=exif))
+    assert shown.shape == (32, 16, 3)
+    np.testing.assert_allclose(shown[:10], np.broadcast_to((0, 0, 255), (10, 16, 3)), atol=3)
+
+
 @pytest.mark.parametrize(
     ("format", "extension"),
     [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif")],
 )
 def test_the_content_names_the_extension(format: str, extension: str) -> None:  # noqa: A002
-    assert image_extension(image_bytes(format=format)) == extension
+    assert read_image_header(image_bytes(format=format)) == (extension, (24, 16))
 
 
 @pytest.mark.parametrize(

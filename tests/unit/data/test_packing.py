@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,6 +132,7 @@ def test_nothing_usable_is_an_error(packing: Packing) -> None:
         path.write_bytes(b"broken")
     with pytest.raises(DataError, match=r"20 of 20 entries were skipped as not_an_image, first 000000000000.jpg"):
         pack(records(range(20)), packing)
+    assert not list(packing.directory.iterdir())
     with pytest.raises(DataError, match="the source has no entries"):
         pack([], packing)
     assert not list(packing.directory.iterdir())
@@ -151,10 +153,10 @@ def test_another_data_set_is_not_overwritten(packing: Packing, tmp_path: Path) -
     ]:
         with pytest.raises(OutputError, match=message):
             pack(records(range(1, 20)), other)
-        (packing.directory / "unfinished.json").unlink(missing_ok=True)
         assert contents(packing.directory) == before
     with pytest.raises(OutputError, match=r"x-00002.tar: is left from an earlier packing"):
         pack(records(range(12)), packing)
+    assert contents(packing.directory) == before
     pack(records(range(12)), replace(packing, overwrite=True))
     fresh = replace(packing, directory=tmp_path / "fresh")
     pack(records(range(12)), fresh)
@@ -171,19 +173,154 @@ def test_foreign_shards_are_left_alone(packing: Packing) -> None:
 
 
 def test_a_failed_start_does_not_bind_the_next_run(packing: Packing) -> None:
-    def failing() -> Iterator[Record]:
-        raise DataError("no such split")
-        yield
-
     with pytest.raises(DataError, match="no such split"):
-        pack(failing(), replace(packing, settings={"split": "tset"}))
+        pack(failing("no such split"), replace(packing, settings={"split": "tset"}))
     assert pack(records(range(2)), replace(packing, settings={"split": "test"})).num_samples == 2
+
+
+def failing(message: str = "no such file", num_good: int = 0) -> Iterator[Record]:
+    yield from records(range(num_good))
+    raise DataError(message)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("num_good", [0, 13])
+def test_a_source_that_cannot_be_read_costs_nothing(packing: Packing, overwrite: bool, num_good: int) -> None:
+    pack(records(range(20)), packing)
+    before = contents(packing.directory)
+    with pytest.raises(DataError, match="no such file"):
+        pack(failing(num_good=num_good), replace(packing, overwrite=overwrite))
+    assert len(find_shards(packing.directory)) == 4
+    now = {path.name: path.read_bytes() for path in packing.directory.iterdir() if path.is_file()}
+    assert now == before
+
+
+def test_a_data_set_of_another_name_and_size_is_replaced_as_a_whole(packing: Packing, tmp_path: Path) -> None:
+    pack(records(range(20)), replace(packing, files={"answers.json": b"{}"}))
+    (packing.directory / "notes.txt").write_text("mine")
+    other = replace(packing, name="y", samples_per_shard=9)
+    pack(records(range(9)), replace(other, overwrite=True))
+    (packing.directory / "notes.txt").unlink()
+    pack(records(range(9)), replace(other, directory=tmp_path / "fresh"))
+    assert contents(packing.directory) == contents(tmp_path / "fresh")
+
+
+def test_images_that_were_mended_are_packed_anew_by_overwriting(packing: Packing) -> None:
+    image = packing.images / f"{3:012d}.jpg"  # type: ignore[operator]
+    sound = image.read_bytes()
+    image.write_bytes(b"broken")
+    assert pack(records(range(20)), packing).num_samples == 19
+    image.write_bytes(sound)
+    assert pack(records(range(20)), packing).num_samples == 19
+    assert pack(records(range(20)), replace(packing, overwrite=True)).num_samples == 20
+
+
+def test_an_interrupted_replacement_goes_on_without_saying_so_again(packing: Packing, tmp_path: Path) -> None:
+    pack(records(range(20)), packing)
+    with pytest.raises(DataError):
+        pack(failing(num_good=15), replace(packing, samples_per_shard=7, overwrite=True))
+    first = (packing.directory / "unfinished" / "x-00000.tar").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="other samples_per_shard"):
+        pack(records(range(20)), replace(packing, samples_per_shard=8))
+    pack(records(range(20)), replace(packing, samples_per_shard=7))
+    assert (packing.directory / "x-00000.tar").stat().st_mtime_ns == first
+    pack(records(range(20)), replace(packing, samples_per_shard=7, directory=tmp_path / "fresh"))
+    assert contents(packing.directory) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("same_options", [False, True])
+def test_a_replacement_is_finished_whenever_it_was_interrupted(
+    packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_options: bool
+) -> None:
+    new = replace(packing, samples_per_shard=7, overwrite=True)
+    last = new if same_options else replace(new, samples_per_shard=3)
+    pack(records(range(20)), replace(last, directory=tmp_path / "fresh"))
+    expected = contents(tmp_path / "fresh")
+    num_moves = 0
+    for steps_before_the_end in range(9):
+        out = replace(packing, directory=tmp_path / str(steps_before_the_end))
+        pack(records(range(20)), out)
+        num_moves = 0
+
+        def rename(source: Path, target: Path, allowed: int = steps_before_the_end) -> Path:
+            nonlocal num_moves
+            if source.parent.name == "unfinished" and target.parent != source.parent:
+                num_moves += 1
+                if num_moves > allowed:
+                    raise KeyboardInterrupt
+            os.rename(source, target)
+            return target
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", rename)
+            pack(records(range(20)), replace(new, directory=out.directory))
+        pack(records(range(20)), replace(last, directory=out.directory, overwrite=not same_options))
+        assert contents(out.directory) == expected
+    # Three shards with their indexes, and the manifest: the loop went past the last step.
+    assert num_moves == 7
+
+
+def test_a_manifest_cannot_name_files_elsewhere(packing: Packing, tmp_path: Path) -> None:
+    pack(records(range(2)), packing)
+    precious = tmp_path / "precious.tar"
+    precious.touch()
+    manifest = json.loads((packing.directory / "manifest.json").read_bytes())
+    manifest["shards"].append({"name": "../precious.tar"})
+    (packing.directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(OutputError, match=r"manifest.json: not a manifest of shards"):
+        pack(records(range(3)), replace(packing, overwrite=True))
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../precious.tar", "/precious.tar", "..", "", "a\0b", "\ud800", "x" * 300, 5, None, ["x"]]
+)
+def test_neither_can_the_state_of_an_interrupted_run(packing: Packing, tmp_path: Path, name: object) -> None:
+    precious = tmp_path / "precious.tar"
+    precious.touch()
+    state = {"settings": {}, "overwrite": True, "replaces": [name]}
+    (packing.directory / "unfinished").mkdir(parents=True)
+    (packing.directory / "unfinished" / "state.json").write_text(json.dumps(state))
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"state.json: not readable; delete .*unfinished, or choose another"):
+            pack(records(range(3)), replace(packing, overwrite=overwrite))
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"settings": 1, "shards": []}', '{"shards": 3}', '{"shards": [{}]}', '{"shards": [{"name": 5}]}'],
+)
+def test_a_manifest_of_something_else(packing: Packing, content: str) -> None:
+    packing.directory.mkdir()
+    (packing.directory / "manifest.json").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(
+            OutputError, match=r"manifest.json: not a manifest of shards; delete it .* or choose another --out"
+        ):
+            pack(records(range(2)), replace(packing, overwrite=overwrite))
+
+
+def test_what_no_reader_accepts_is_not_packed(packing: Packing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("shard_writer", "images"):
+        monkeypatch.setattr(f"mhmoe_vl.data.prepare.{module}.MAX_MEMBER_BYTES", 2000)
+    (packing.images / f"{1:012d}.jpg").write_bytes(image_bytes() + bytes(2000))  # type: ignore[operator]
+    huge = Record("huge", images={"": f"{2:012d}.jpg"}, text="x" * 2001, fields={"captions": ["x"]})
+    # The first shard holds nothing else.
+    source = [*list(records(range(2)))[1:], huge, *records(range(3, 6))]
+    report = pack(source, replace(packing, samples_per_shard=2))
+    assert report.num_samples == 3
+    assert [(skip.source, skip.reason) for skip in report.skipped] == [
+        ("000000000001.jpg", "too_large"),
+        ("huge", "too_large"),
+    ]
 
 
 def test_a_folder_that_cannot_be_made(packing: Packing) -> None:
     packing.directory.write_bytes(b"a file")
-    with pytest.raises(OutputError, match="cannot write"):
-        pack(records(range(2)), packing)
+    for directory, message in [(packing.directory, "is not a folder"), (packing.directory / "x", "cannot write")]:
+        with pytest.raises(OutputError, match=message):
+            pack(records(range(2)), replace(packing, directory=directory))
 
 
 def test_complete_shards_are_kept_and_others_made_again(packing: Packing) -> None:
@@ -205,7 +342,7 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     run = subprocess.Popen([*command, "--out", "x"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     out = tmp_path / "x"
-    while not (out / "x-00002.idx.json").exists():
+    while not (out / "unfinished" / "x-00002.idx.json").exists():
         assert run.poll() is None
         time.sleep(0.001)
     run.send_signal(signal.SIGKILL)
@@ -213,7 +350,7 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
     assert not (out / "manifest.json").exists()
     with pytest.raises(DataError, match="interrupted"):
         find_shards(out)
-    first = (out / "x-00000.tar").stat().st_mtime_ns
+    first = (out / "unfinished" / "x-00000.tar").stat().st_mtime_ns
     from data_prep.pack_images import main
 
     options = ["--images", str(tmp_path / "images"), "--samples-per-shard", "5", "--name", "x"]
@@ -230,6 +367,39 @@ def kill_this_process(_: int) -> None:
 def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(OutputError, match=r"worker process was killed.*run the same command again"):
         list(map_in_processes(kill_this_process, range(3), num_workers=2))
+
+
+SLEEPING_WORKERS = """
+import os, time
+from mhmoe_vl.data.prepare.processes import map_in_processes
+
+def job(_):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+list(map_in_processes(job, range(9), num_workers=3))
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    command = [sys.executable, "-c", SLEEPING_WORKERS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        workers = [int(run.stdout.readline()) for _ in range(3)]
+        assert all(map(is_running, workers))
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 20
+        while any(map(is_running, workers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_workers_take_jobs_as_they_can_do_them() -> None:
@@ -260,7 +430,7 @@ def test_holdout_is_a_partition_by_key() -> None:
 
 def test_keys() -> None:
     assert make_key("train2017-000_1") == "train2017-000_1"
-    odd = ["a/b", "a.b", "a b", "é", "", "x" * 81, "x" * 82, "\udcff"]
+    odd = ["a/b", "a.b", "a b", "é", "", "x" * 81, "x" * 82, "\udcff", "\udcfe"]
     keys = [make_key(name) for name in odd]
     assert len(set(keys)) == len(odd)
     assert all(0 < len(key) <= 80 and key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in keys)
@@ -272,7 +442,22 @@ def test_image_root(tmp_path: Path) -> None:
     root = ImageRoot(tmp_path / "root")
     assert root.has("sub/000000000001.jpg")
     assert root.has("./sub/../sub/000000000001.jpg")
-    for outside in ("../000000000002.jpg", str(tmp_path / "000000000002.jpg"), "sub", "sub/absent.jpg", "", ".."):
+    for outside in (
+        "../000000000002.jpg",
+        str(tmp_path / "000000000002.jpg"),
+        "sub",
+        "sub/absent.jpg",
+        "",
+        "..",
+        ".",
+        "\0",
+        "\ud800/x",
+        "\0/x",
+        None,
+        True,
+        5,
+        [],
+    ):
         assert not root.has(outside)
     with pytest.raises(DataError, match="does not exist"):
         ImageRoot(tmp_path / "absent")

@@ -19,10 +19,9 @@ from mhmoe_vl.data.shards import (
     find_shards,
     index_path,
     read_index,
-    write_atomically,
     write_index,
 )
-from mhmoe_vl.errors import DataError, OutputError
+from mhmoe_vl.errors import DataError
 from tests.unit.data.files import pair_members, write_tar
 
 
@@ -58,7 +57,11 @@ def test_an_index_says_what_is_wrong(tmp_path: Path) -> None:
         good.replace(b'"kind":"pair"', b'"kind":"x"'),
         good.replace(b'"num_samples":3', b'"num_samples":4'),
         json.dumps({**json.loads(good), "samples": [{"key": "a"}]}).encode(),
+        *(good.replace(b'"num_items":1', b'"num_items":' + value) for value in (b'"1"', b"-1", b"null", b"true")),
+        *(good.replace(b'{"jpg":[', b'{"jpg":[' + value) for value in (b"-", b"1e", b"9999999", b'"x",')),
+        good.replace(b'"key":"x-0"', b'"key":5'),
     ):
+        assert broken != good
         index_path(shard).write_bytes(broken)
         with pytest.raises(DataError, match="malformed index"):
             read_index(shard)
@@ -122,7 +125,7 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a manifest"):
         find_shards(tmp_path)
     manifest.unlink()
-    (tmp_path / "unfinished.json").touch()
+    (tmp_path / "unfinished").mkdir()
     with pytest.raises(DataError, match="interrupted"):
         find_shards(tmp_path)
     assert find_shards(shard) == [shard]
@@ -189,11 +192,3 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         for i, index in enumerate(indexes):
             assert reader.read(index, index.samples[0])["txt"] == f"caption of x-{i}-0".encode()
     assert len(os.listdir("/proc/self/fd")) - before == 3
-
-
-def test_atomic_writing(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a", b"1")
-    write_atomically(tmp_path / "a", b"2")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"2")]
-    with pytest.raises(OutputError, match="cannot write: No such file"):
-        write_atomically(tmp_path / "absent" / "a", b"")

@@ -150,6 +150,30 @@ def test_a_size_that_lies_is_an_error(tmp_path: Path) -> None:
         scan_shard(shard)
 
 
+@pytest.mark.parametrize(
+    ("entry_type", "size"),
+    [
+        (tarfile.REGTYPE, b"\x80\0\0\0" + b"\xff" * 8),  # base 256: 2^64 - 1
+        (tarfile.REGTYPE, b"\xff" * 12),  # -1
+        (tarfile.REGTYPE, b"\xff" * 10 + b"\xf8\x00"),  # -2048: back to the entry before
+        (tarfile.GNUTYPE_LONGNAME, b"\x80\0\0\0" + b"\xff" * 8),
+        (tarfile.GNUTYPE_LONGNAME, b"\xff" * 11 + b"\0"),
+        (tarfile.XHDTYPE, b"\x80\0\0\0" + b"\x7f" * 8),
+    ],
+)
+def test_sizes_that_no_file_has(tmp_path: Path, entry_type: bytes, size: bytes) -> None:
+    shard = write_tar(tmp_path / "x.tar", [*pair_members("a"), *pair_members("b")])
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"b.txt")
+    content[start + 124 : start + 136] = size
+    content[start + 156 : start + 157] = entry_type
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"x.tar: .*; copy"):
+        scan_shard(shard)
+
+
 def test_folders_capitals_and_foreign_members(tmp_path: Path) -> None:
     members = [("./train/a.JPG", IMAGE), ("./train/a.txt", b"x"), ("./train/a.cls", b"3"), ("./train/a.pyd", b"evil")]
     index = scan_shard(write_tar(tmp_path / "x.tar", members))
@@ -168,8 +192,9 @@ def test_long_names(tmp_path: Path, format: int) -> None:  # noqa: A002
     assert keys(scan_shard(tmp_path / "x.tar")) == [key]
 
 
-VQA = json.dumps({"questions": [{"question": "a?"}, {"question": "b?"}]}).encode()
-NLVR2 = json.dumps({"examples": [{"sentence": "s"}] * 3}).encode()
+QUESTIONS = [{"question": "a?", "question_id": 1}, {"question": "b?", "question_id": 2}]
+VQA = json.dumps({"questions": QUESTIONS}).encode()
+NLVR2 = json.dumps({"examples": [{"sentence": "s", "identifier": "dev-0-0-0"}] * 3}).encode()
 
 
 @pytest.mark.parametrize(
@@ -207,3 +232,12 @@ def test_the_kind_can_be_asked_for(tmp_path: Path) -> None:
 def test_questions_must_be_there(tmp_path: Path) -> None:
     members = [("a.jpg", IMAGE), ("a.json", VQA), ("b.jpg", IMAGE), ("b.json", b'{"questions": []}')]
     assert reasons(scan_shard(write_tar(tmp_path / "x.tar", members), kind="vqa")) == [("b", "empty")]
+
+
+@pytest.mark.parametrize(
+    "items", [[1], [{}], [{"question": 1, "question_id": 1}], [{"question": "a?"}], [*QUESTIONS, None]]
+)
+def test_questions_must_have_what_training_reads(tmp_path: Path, items: list[object]) -> None:
+    malformed = json.dumps({"questions": items}).encode()
+    members = [("a.jpg", IMAGE), ("a.json", VQA), ("b.jpg", IMAGE), ("b.json", malformed)]
+    assert reasons(scan_shard(write_tar(tmp_path / "x.tar", members), kind="vqa")) == [("b", "malformed")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from data_prep.pack_images import main
 from mhmoe_vl.data.decode import decode_image, image_member
+from mhmoe_vl.data.prepare.records import make_key
 from mhmoe_vl.data.shards import ShardReader, find_shards, read_index
 from tests.unit.data.files import encoded, image_bytes
 
@@ -32,13 +34,104 @@ def test_nested_folders(tmp_path: Path) -> None:
     for number, file in enumerate(files):
         (tmp_path / "in" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / file).write_bytes(image_bytes(number))
-    for ignored in ("notes.txt", ".hidden.jpg", ".git/x.jpg"):
-        (tmp_path / "in" / ignored).parent.mkdir(exist_ok=True)
-        (tmp_path / "in" / ignored).write_bytes(b"x")
-    # a.jpeg and a.png would both be called "a": the second is listed as a duplicate.
-    assert main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--max-skipped", "1"]) == 0
-    assert packed(tmp_path / "out") == {file: image_bytes(number) for number, file in enumerate(files[:4])}
-    assert '"duplicate_key"' in (tmp_path / "out/skipped.jsonl").read_text()
+    assert main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert packed(tmp_path / "out") == {file: image_bytes(number) for number, file in enumerate(files)}
+
+
+def keys(folder: Path) -> list[str]:
+    return [sample.key for shard in find_shards(folder) for sample in read_index(shard).samples]
+
+
+def test_images_that_differ_in_their_extension_only(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "a.tif", "a.PNG", "b.png")):
+        (tmp_path / name).write_bytes(image_bytes(number))
+    assert main(["--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert keys(tmp_path / "out") == [make_key(name) for name in ("a.PNG", "a.png", "a.tif", "b")]
+    assert packed(tmp_path / "out")["a.tif"] == image_bytes(1)
+
+
+def test_what_is_ignored_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "notes.txt", "b.heic", ".hidden.jpg", ".git/x.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "in" / name).write_bytes(image_bytes())
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    options = ["--images", str(tmp_path / "in"), "--out", str(tmp_path / "in" / "out")]
+    expected = {"hidden": 2, "other_extension": 2, "folder_read_elsewhere": 1}
+    # What was packed into the same folder is no source the second time.
+    for _ in range(2):
+        assert main(options) == 0
+        first_line = capsys.readouterr().out.split("\n")[0]
+        assert "ignored: 2 hidden (first .git); 2 of another extension than jpg" in first_line
+        assert "(first b.heic); 1 a link to a folder that is read elsewhere, or that holds this one" in first_line
+        assert json.loads((tmp_path / "in/out/manifest.json").read_bytes())["num_ignored"] == expected
+    assert set(packed(tmp_path / "in/out")) == {"a.jpg"}
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for number, name in enumerate(("in/a.jpg", "elsewhere/b.jpg", "elsewhere/sub/c.jpg")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(image_bytes(number))
+    for link, target in [("in/link", "elsewhere"), ("in/twice", "elsewhere"), ("in/above", "."), ("in/self", "in")]:
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/sub/home").symlink_to(tmp_path / "in")
+    assert main(["--images", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert packed(tmp_path / "out") == {
+        name: image_bytes(number) for number, name in enumerate(("a.jpg", "link/b.jpg", "link/sub/c.jpg"))
+    }
+
+
+def test_what_only_looks_like_an_image_file_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "absent")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), "--max-skipped", "1"]) == 0
+    skips = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [(skip["source"], skip["reason"]) for skip in skips] == [
+        (name, "not_a_file") for name in ("gone.jpg", "loop.jpg", "pipe.jpg")
+    ]
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = [b"\xff.jpg", b"\xfe.jpg", b"\xfd.txt"]
+    for number, name in enumerate(names):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(image_bytes(number))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/broken\xff.jpg")).write_bytes(b"broken")
+    assert main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), "--max-skipped", "1"]) == 0
+    assert packed(tmp_path / "out") == {os.fsdecode(name): image_bytes(i) for i, name in enumerate(names[:2])}
+    assert "broken\\udcff.jpg" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [("0.0001", "--holdout 0.0001: selects none of the records"), ("0.9999", "--holdout 0.9999: leaves none of the")],
+)
+def test_a_holdout_of_nothing_or_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str, message: str
+) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
+    options = ["--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="65"):
+        main([*options, "--holdout", share])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "empty" / "pipe.jpg")
+    with pytest.raises(SystemExit, match="65"):
+        main(["--images", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--holdout", share])
+    assert "1 of 1 entries were skipped as not_a_file" in capsys.readouterr().err
+
+
+def test_both_folders_of_a_holdout_are_checked_before_either_is_written(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs.tar").touch()
+    for number in range(9):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
+    with pytest.raises(SystemExit, match="73"):
+        main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), "--holdout", "0.5"])
+    assert not (tmp_path / "out-val").exists()
 
 
 def test_every_kind_of_picture(tmp_path: Path) -> None:
@@ -75,7 +168,13 @@ def test_broken_images_over_the_limit(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_usage_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (["--samples-per-shard", "0"], ["--max-skipped", "5"], ["--workers", "-1"]):
+    for options in (
+        ["--samples-per-shard", "0"],
+        ["--max-skipped", "5"],
+        ["--workers", "-1"],
+        ["--holdout", "0"],
+        ["--holdout", "1"],
+    ):
         with pytest.raises(SystemExit):
             main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), *options])
         assert "must be" in capsys.readouterr().err

@@ -139,3 +139,12 @@ def test_one_broken_image_costs_the_pair(tmp_path: Path) -> None:
         write_image(tmp_path / f"dev-2-0-img{number}.png", number)
     (tmp_path / "dev-1-0-img1.png").write_bytes(image_bytes()[:200])
     assert list(run(tmp_path, [row("dev-1-0-0"), row("dev-2-0-0")])) == ["dev-2-0"]
+
+
+@pytest.mark.parametrize("value", [True, 5, [1], {"a": 1}, "\0", "\ud800"])
+@pytest.mark.parametrize("field", ["identifier", "sentence", "label", "left_file", "right_file", "directory"])
+def test_one_field_of_another_type_is_a_skip(tmp_path: Path, field: str, value: Any) -> None:
+    for pair in ("dev-1-0", "dev-2-0"):
+        for number in (0, 1):
+            write_image(tmp_path / f"{pair}-img{number}.png", number)
+    assert "dev-1-0" in run(tmp_path, [row("dev-1-0-0"), {**row("dev-2-0-0"), field: value}])

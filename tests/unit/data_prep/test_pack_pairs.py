@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.pack_pairs import main
 from mhmoe_vl.data.decode import decode_json
+from mhmoe_vl.data.prepare.records import make_key
 from mhmoe_vl.data.shards import ShardReader, find_shards, read_index
 from tests.unit.data.files import write_images
 
@@ -152,6 +153,29 @@ def test_tables_with_tabs_and_json_lines(tmp_path: Path) -> None:
         (b'{"images": [{"split": "train"}]}', ["--split", "test", "--karpathy"], "no image in split 'test'"),
         (b'{"images": []}', ["--split", "tset", "--karpathy"], r"unknown split 'tset' \(did you mean 'test'\?\)"),
         (b"x", ["--table"], "must end in .csv, .tsv or .jsonl"),
+        (b'{"images": [{"split": ["test"]}]}', ["--karpathy"], "'split' must be a string, not a list"),
+        (
+            b'{"images": [{"id": [5]}], "annotations": []}',
+            ["--coco"],
+            "'id' must be an integer or a string, not a list",
+        ),
+        (b'{"images": [], "annotations": [{"image_id": {}}]}', ["--coco"], "'image_id' must be .*, not an object"),
+        (
+            b'{"images": [{"id": 5, "file_name": null}], "annotations": []}',
+            ["--coco"],
+            r"source.json: 'file_name' must be a string, not null in {\"id\": 5, \"file_name\": null}",
+        ),
+        (
+            b'{"images": [{"split": "test", "imgid": 1, "filename": "a.jpg", "filepath": null, "sentences": []}]}',
+            ["--split", "test", "--karpathy"],
+            "'filepath' must be a string, not null",
+        ),
+        (
+            b'{"images": [{"split": "test", "imgid": 1, "filename": "", "filepath": "\\u0000", "sentences": []}]}',
+            ["--split", "test", "--karpathy"],
+            "1 of 1 entries were skipped as image_missing",
+        ),
+        (b'{"images": [{"id": 1e999}], "annotations": []}', ["--coco"], "not valid JSON: 1e999 is out of range"),
     ],
 )
 def test_files_of_another_format(
@@ -163,6 +187,54 @@ def test_files_of_another_format(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_quotes_between_tabs_are_characters_like_any_other(tmp_path: Path) -> None:
+    write_images(tmp_path, [1, 2, 3])
+    rows = ['"a man', 'a 6" pipe', 'say "no"']
+    lines = [f"{number:012d}.jpg\t{row}\n" for number, row in enumerate(rows, start=1)]
+    (tmp_path / "t.tsv").write_text("image\tcaption\n" + "".join(lines))
+    found = run(tmp_path, "--table", str(tmp_path / "t.tsv"))
+    assert [fields["captions"] for fields in found.values()] == [[row] for row in rows]
+
+
+@pytest.mark.parametrize("rows", ['{2},"a man\n{3},a dog\n', '{2},"a man\n{3},"a dog\n', '{2},a\n{3},"a "big" dog"\n'])
+def test_a_quote_left_open_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str) -> None:
+    write_images(tmp_path, [1, 2, 3])
+    files = [f"{number:012d}.jpg" for number in range(4)]
+    (tmp_path / "t.csv").write_text("image,caption\n{1},a cat\n".format(*files) + rows.format(*files))
+    with pytest.raises(SystemExit, match="65"):
+        main(["--table", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--out", str(tmp_path / "out")])
+    line = 3 if rows.startswith('{2},"') else 4
+    assert f"cannot read the row that starts in line {line}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_with_another_number_of_fields(tmp_path: Path) -> None:
+    write_images(tmp_path, [1, 2])
+    rows = '000000000001.jpg,a man, and a dog\n\n000000000002.jpg\n000000000002.jpg,"two\nlines"\n000000000001.jpg,b\n'
+    (tmp_path / "t.csv").write_text("image,caption\n" + rows)
+    found = run(tmp_path, "--table", str(tmp_path / "t.csv"))
+    assert {key: fields["captions"] for key, fields in found.items()} == {
+        "000000000001": ["b"],
+        "000000000002": ["two lines"],
+    }
+    assert skips(tmp_path / "out") == [("t.csv:2", "wrong_number_of_fields"), ("t.csv:4", "wrong_number_of_fields")]
+
+
+def test_image_paths_of_a_table(tmp_path: Path) -> None:
+    write_images(tmp_path, [1, 2])
+    (tmp_path / f"{1:012d}.png").write_bytes((tmp_path / f"{2:012d}.jpg").read_bytes())
+    one = f"{1:012d}"
+    (tmp_path / "t.csv").write_text(f"image,caption\n{one}.jpg,a\n{one}.png,b\n.,c\n./{one}.jpg,d\n\0,e\n")
+    found = run(tmp_path, "--table", str(tmp_path / "t.csv"))
+    # Two images of one name get keys of their own, and two spellings of a path are one image.
+    assert {fields["file"]: fields["captions"] for fields in found.values()} == {
+        f"{one}.jpg": ["a", "d"],
+        f"{one}.png": ["b"],
+    }
+    assert set(found) == {make_key(f"{one}.jpg"), make_key(f"{one}.png")}
+    assert skips(tmp_path / "out") == [(".", "image_missing"), ("\0", "image_missing")]
 
 
 def test_a_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

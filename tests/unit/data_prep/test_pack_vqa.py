@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_a_test_split_has_neither_answers_nor_labels(source: Source) -> None:
     assert not (source.out / "answers.json").exists()
 
 
-def test_the_answers_of_another_split(source: Source) -> None:
+def test_the_answers_of_another_split(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     train = source.write("annotations", [annotation(1, i, "cat") for i in range(9)])
     val = source.write("annotations-val", [annotation(2, 0, "cat"), annotation(2, 1, "dog")])
     questions = source.write("questions", [question(2, 0), question(2, 1)])
@@ -156,6 +157,8 @@ def test_the_answers_of_another_split(source: Source) -> None:
     made = source.out / "answers.json"
     assert json.loads(made.read_bytes())["answers"] == ["cat"]
     assert json.loads((source.out / "manifest.json").read_bytes())["share_outside_answers"] == 0.5
+    said = "answers outside the list of 1: the commonest answer of 50.00% of the questions\n"
+    assert capsys.readouterr().out.startswith(said)
     kept = source.folder / "answers.json"
     kept.write_bytes(made.read_bytes())
     source.run("--questions", questions, "--annotations", val, "--answers", str(kept))
@@ -180,6 +183,8 @@ def test_the_answer_list() -> None:
         (["--answers", "{questions}"], "has no list 'answers' of strings"),
         (["--image-pattern", "{{id}}.jpg"], "does not fit image id 1: 'id'"),
         (["--image-pattern", "{{image_id:z}}.jpg"], "does not fit image id 1"),
+        (["--image-pattern", "{{image_id.x}}.jpg"], "does not fit image id 1"),
+        (["--image-pattern", "{{image_id[x]}}.jpg"], "does not fit image id 1"),
         (
             [],
             "1 of 1 entries were skipped as image_missing, first 1 questions, first 1000: COCO_train2014_000000000001",
@@ -198,3 +203,20 @@ def test_files_that_do_not_fit(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, [1], {"a": 1}, "x", "a" * 300, "\0", "\ud800", 10**30])
+@pytest.mark.parametrize("field", ["question_id", "image_id", "question", "question_type", "answers", "answer"])
+def test_one_field_of_another_type_is_a_skip_or_one_line(
+    source: Source, capsys: pytest.CaptureFixture[str], field: str, value: Any
+) -> None:
+    questions = [question(image, 0) for image in (1, 2)]
+    annotations = [annotation(image, 0, "cat") for image in (1, 2)]
+    for row in (questions[1], annotations[1], annotations[1]["answers"][0]):
+        if field in row:
+            row[field] = value
+    options = ["--questions", source.write("questions", questions), "--min-answer-count", "1"]
+    options += ["--annotations", source.write("annotations", annotations)]
+    with contextlib.suppress(SystemExit):
+        source.run(*options)
+    assert capsys.readouterr().err.count("\n") <= 1

@@ -7,6 +7,7 @@ is in turn checked against the pixels.
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import json
 import random
 import re
@@ -377,6 +378,21 @@ def test_bytes_depend_on_the_seed_and_not_on_workers(tmp_path: Path) -> None:
     assert {name for name in one if one[name] == other[name]} == {"README.txt"}
 
 
+def test_the_manifest_counts_and_has_a_checksum_of_every_file(made: Path) -> None:
+    manifest = read_json(made / "manifest.json")
+    files = tree_bytes(made)
+    del files["manifest.json"]
+    assert manifest["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert manifest["options"] == read_json(made / "options.json")
+    assert manifest["counts"]["val"] == {
+        "num_images": 250,
+        "num_captions": 5 * 250,
+        "num_questions": len(read_vqa(made, "val")),
+        "num_nlvr2_examples": len(read_nlvr2(made, "val")),
+        "num_texts": 20,
+    }
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "data"
     main(["--out", str(out), *SMALL_RUN])
@@ -384,6 +400,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     lost = [next((out / "images" / "val").iterdir()), out / "vqa_train_annotations.json", out / "text_val.txt"]
     for path in lost:
         path.unlink()
+    (out / "images" / "val" / "x.png.0123abcd.tmp").touch()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".png", ".json", ".txt")}
     main(["--out", str(out), *SMALL_RUN])
     assert tree_bytes(out) == finished
@@ -408,6 +425,15 @@ def test_bad_requests_end_in_one_line(
         main(["--out", str(tmp_path / "data"), *SMALL_RUN, *options])
     assert exit_info.value.code == code
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("out", ["file", "file/data", "data"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "data" / "options.json").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="73"):
+        main(["--out", str(tmp_path / out), *SMALL_RUN])
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / out}: ")
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_all_kinds_of_shards_are_learnt_from(shared_data: Path, tmp_path: Path) 
     pack_nlvr2.main(["--examples", str(shapes / "nlvr2_format/dev.json"), "--images", str(shapes), *out("nlvr2")])
     pack_text.main([str(shared_data / "text_en/wikitext2_valid.txt"), *out("text")])
     folders = [str(tmp_path / name) for name in ("pairs", "vqa", "nlvr2", "text")]
-    texts = list(iterate_texts(folders))
+    texts = list(iterate_texts(folders, []))
     wikitext = [line.strip() for line in (shared_data / "text_en/wikitext2_valid.txt").read_text().split("\n")]
     assert texts[-5:] == [" ".join(line.split()) for line in wikitext if line][:5]
     questions = json.loads((shapes / "vqa_format/test_questions.json").read_bytes())["questions"]
@@ -84,6 +84,18 @@ def test_all_kinds_of_shards_are_learnt_from(shared_data: Path, tmp_path: Path) 
     assert texts[: len(captions)] == [" ".join(caption["raw"].split()) for caption in captions]
     assert json.loads((shapes / "nlvr2_format/dev.json").read_text().split("\n")[0])["sentence"] in texts
     assert main([*folders, "--out", str(tmp_path / "tokenizer.json"), "--vocab-size", "400"]) == 0
+
+
+def test_lines_that_cannot_be_used_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe bad\nfine\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\nnonsense\n')
+    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    assert main([*sources, "--out", str(tmp_path / "tokenizer.json"), "--vocab-size", "261"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 texts of" in out
+    assert "skipped 2 lines" in out
+    assert "a.txt:2" in out
+    assert "b.jsonl:2" in out
 
 
 def test_clip_tokens_are_those_of_open_clip(shared_data: Path, tmp_path: Path) -> None:
@@ -114,6 +126,8 @@ def test_clip_tokens_are_those_of_open_clip(shared_data: Path, tmp_path: Path) -
         (["empty.txt"], 65, "no texts to train a tokenizer on"),
         (["texts.txt", "--vocab-size", "200"], 64, "vocabulary size is 200; 'bpe' needs at least 261"),
         (["--clip", "--out", "texts.txt"], 73, "exists; add --overwrite"),
+        # Noticed before anything is read.
+        (["absent", "--out", "absent/tokenizer.json"], 73, "absent/tokenizer.json: cannot write"),
     ],
 )
 def test_what_cannot_be_learnt(

@@ -38,6 +38,16 @@ def change_index(shard: Path) -> None:
     index_path(shard).write_text(json.dumps(fields))
 
 
+def exchange(shard: Path) -> None:
+    """Another shard, sound in itself, with its index."""
+    write_index(scan_shard(write_tar(shard, [("other.jpg", image_bytes(9))]), kind="image"))
+
+
+def mix_kinds(shard: Path) -> None:
+    write_index(scan_shard(write_tar(shard, pair_members("other"))))
+    (shard.parent / "manifest.json").unlink()
+
+
 def test_sound_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--decode", str(shards), "--workers", "2"]) == 0
     assert "2 shards of image: 6 usable samples with 6 items" in capsys.readouterr().out
@@ -52,6 +62,10 @@ def test_sound_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda shard: index_path(shard).write_bytes(b"{}"), "bad_index"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:3000]), "broken_shard"),
         (lambda shard: shutil.copy(shard, shard.with_name("x-00009.tar")), "duplicate_key"),
+        (lambda shard: shutil.copy(shard, shard.with_name("x-00009.tar")), "not_in_manifest"),
+        (lambda shard: shard.unlink(), "absent"),
+        (exchange, "manifest_mismatch"),
+        (mix_kinds, "mixed_kinds"),
     ],
 )
 def test_damage_is_found(
@@ -64,6 +78,36 @@ def test_damage_is_found(
     assert reason in captured.out
     assert "x-00001.tar" in captured.out
     assert captured.err.startswith("error: ")
+
+
+def test_one_damaged_shard_does_not_hide_the_others(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = sorted(shards.glob("*.tar"))
+    first.unlink()
+    content = bytearray(second.read_bytes())
+    content[124:136] = b"\xff" * 12
+    second.write_bytes(content)
+    shutil.copy(shards / "x-00000.idx.json", shards / "x-00002.idx.json")
+    write_index(scan_shard(write_tar(shards / "x-00002.tar", [("z.jpg", image_bytes())])))
+    with pytest.raises(SystemExit, match="65"):
+        main([str(shards)])
+    captured = capsys.readouterr()
+    assert "2 shards of image: 1 usable samples" in captured.out
+    assert all(reason in captured.out for reason in ("absent", "broken_shard", "not_in_manifest"))
+    assert "3 problems in 3 files" in captured.err
+
+
+def test_the_other_files_of_a_data_set_are_compared_with_its_manifest(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / "skipped.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="65"):
+        main([str(shards)])
+    assert "skipped.jsonl: other sha256 than in" in " ".join(capsys.readouterr().out.split())
+    (shards / "skipped.jsonl").unlink()
+    (shards / "manifest.json").write_text("[]")
+    with pytest.raises(SystemExit, match="65"):
+        main([str(shards)])
+    assert "bad_manifest" in capsys.readouterr().out
 
 
 def test_two_data_sets_may_share_keys(shards: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.evaluation.nlvr2_accuracy import (
     Nlvr2Score,
-    load_nlvr2_labels,
     load_nlvr2_predictions,
     nlvr2_accuracy,
     write_nlvr2_predictions,
@@ -21,10 +20,10 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "evaluation"
 
 def test_equals_the_official_program(tmp_path: Path) -> None:
     recorded = json.loads((FIXTURES / "nlvr2_official.json").read_text())
-    labels_path, predictions_path = tmp_path / "test1.json", tmp_path / "predictions.csv"
-    labels_path.write_text("".join(json.dumps(example) + "\n" for example in recorded["examples"]))
+    predictions_path = tmp_path / "predictions.csv"
     predictions_path.write_text(recorded["predictions_csv"])
-    score = nlvr2_accuracy(load_nlvr2_predictions(predictions_path), load_nlvr2_labels(labels_path))
+    labels = {example["identifier"]: example["label"] == "True" for example in recorded["examples"]}
+    score = nlvr2_accuracy(load_nlvr2_predictions(predictions_path), labels)
     assert {"accuracy": score.accuracy, "consistency": score.consistency} == recorded["official"]
 
 
@@ -75,13 +74,3 @@ def test_malformed_predictions_are_refused(tmp_path: Path, content: str, message
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_nlvr2_predictions(path)
-
-
-@pytest.mark.parametrize("content", ['{"identifier": "dev-1-0-0"}', "[1]", "dev-1-0-0,True", "3"])
-def test_malformed_labels_are_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "dev.json"
-    path.write_text(content + "\n")
-    with pytest.raises(DataError, match="entry 1"):
-        load_nlvr2_labels(path)
-    with pytest.raises(DataError, match="cannot be read"):
-        load_nlvr2_labels(tmp_path / "absent.json")

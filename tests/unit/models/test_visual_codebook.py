@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.models.visual_codebook import FORMAT, VisualCodebook, to_patches
@@ -52,6 +55,28 @@ def test_encoding_finds_the_nearest_code() -> None:
     assert len(found.unique()) > 3
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.num_elements = max(self.num_elements, *(tensor.numel() for tensor in made), 0)
+        return result
+
+
+def test_distances_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook, images = VisualCodebook(random_codes(500), PATCH), random_images(3, 20, 30)
+    expected = codebook.encode(images)
+    monkeypatch.setattr("mhmoe_vl.models.visual_codebook._MAX_DISTANCES", 7000)
+    with LargestTensor() as largest:
+        found = codebook.encode(images)
+    assert torch.equal(found, expected)
+    assert largest.num_elements == 7000
+
+
 def test_an_image_made_of_codes_survives() -> None:
     pixel_codes = torch.randint(0, 256, (9, 12), generator=torch.Generator().manual_seed(2))
     codebook = VisualCodebook(pixel_codes / 127.5 - 1, PATCH)
@@ -72,8 +97,7 @@ def test_it_is_no_part_of_a_checkpoint() -> None:
 
 def test_saving_and_loading(tmp_path: Path) -> None:
     codebook = VisualCodebook(random_codes(), PATCH)
-    codebook.save(tmp_path / "codes.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["codes.safetensors"]
+    (tmp_path / "codes.safetensors").write_bytes(codebook.serialized())
     loaded = VisualCodebook.load(tmp_path / "codes.safetensors")
     assert torch.equal(loaded.codes_KC, codebook.codes_KC)
     assert loaded.patch_size == PATCH

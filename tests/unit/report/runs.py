@@ -83,7 +83,7 @@ def write_tokenizer(path: Path) -> Path:
 def write_codebook(path: Path) -> Path:
     """Codes of one gray value each, from black to white."""
     grays = torch.linspace(-1, 1, NUM_CODES)
-    VisualCodebook(grays[:, None].expand(-1, 3 * PATCH**2).clone(), PATCH).save(path)
+    path.write_bytes(VisualCodebook(grays[:, None].expand(-1, 3 * PATCH**2).clone(), PATCH).serialized())
     return path
 
 
