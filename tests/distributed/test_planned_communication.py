@@ -45,7 +45,7 @@ def test_every_source_gathers_and_reduces_every_block(
         strategy="fsdp",
     )
     task = build_task_without_files(config, device="cpu")
-    layout = layout_of(config, world_size=world_size, expert_parallel=1)
+    layout = layout_of(config, world_size)
     planned = communication_of(
         shards_of(task, layout), layout, make_device(), num_passes=3, all_to_all=0, checkpointed=checkpointed
     )
