@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhmoe_vl.distributed.parallel import Strategy, parallelize
@@ -16,16 +17,19 @@ from mhmoe_vl.distributed.world import World
 
 
 @contextmanager
-def fake_world(world_size: int) -> Iterator[World]:
-    """Rank 0 of ``world_size``, on the meta device. Collectives return at once and their results mean nothing.
+def fake_world(world_size: int, *, device: str = "meta") -> Iterator[World]:
+    """Rank 0 of ``world_size``, its tensors on ``device``. Collectives return at once and their results mean nothing.
 
-    Not inside a real process group.
+    Not inside a real process group. DTensor operations of this process are forgotten afterwards.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        yield World(rank=0, world_size=world_size, local_rank=0, device=torch.device("meta"))
+        yield World(rank=0, world_size=world_size, local_rank=0, device=torch.device(device))
     finally:
         dist.destroy_process_group()
+        # DTensor remembers the meshes of its results, and takes one of equal shape for the same: rank 1 of a real world
+        # of this size would believe itself at rank 0's place, and write its shards over those of rank 0.
+        _clear_sharding_prop_cache()
 
 
 def local_sizes(

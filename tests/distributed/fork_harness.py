@@ -27,6 +27,10 @@ from mhmoe_vl.distributed.world import World
 
 ResultT = TypeVar("ResultT")
 
+# Autograd counts devices at its first backward pass. Once this process has used FSDP2 it would find one, start a thread
+# for it, and refuse to work in forked processes.
+torch.ones((), requires_grad=True).backward()
+
 
 class RankError(AssertionError):
     """A rank raised, or ended without a word."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mhmoe_vl.distributed.fake_world import fake_world, local_sizes
@@ -50,3 +51,16 @@ def test_the_world_ends_with_an_error_too() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         fail_inside()
     assert not dist.is_initialized()
+
+
+def place_of_a_result(world: World) -> tuple[int, ...]:
+    """Where in its mesh a rank believes itself after an operation, which takes its result's mesh from a memory."""
+    weights = parallelize(nn.Linear(4, 4), strategy="fsdp", world=world).weight
+    return tuple(weights.detach().device_mesh.get_coordinate())
+
+
+def test_ranks_of_a_real_world_afterwards_know_their_places() -> None:
+    """Processes forked from this one inherit what it remembers; so would a script that plans and then trains."""
+    with fake_world(2, device="cpu") as world:
+        assert place_of_a_result(world) == (0,)
+    assert run_ranks(place_of_a_result, 2) == [(0,), (1,)]

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mhmoe_vl.distributed.fake_world import fake_world
 from mhmoe_vl.distributed.parallel import parallelize
-from mhmoe_vl.distributed.world import World
 from mhmoe_vl.plan.layout import Layout, layout_of, really_shard, shards_of
 from mhmoe_vl.plan.timing import communication_of
 from mhmoe_vl.plan.workload import build_task_without_files, synthetic_batch
@@ -49,18 +46,13 @@ def test_every_source_gathers_and_reduces_every_block(
     planned = communication_of(
         shards_of(task, layout), layout, make_device(), num_passes=3, all_to_all=0, checkpointed=checkpointed
     )
-    seen = Collectives()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        world = World(0, world_size, 0, torch.device("cpu"))
+    with fake_world(world_size, device="cpu") as world:
         module = parallelize(task, strategy="fsdp", world=world, shard_units=task.encoder.shard_units())
         micro_batch = {source: synthetic_batch(config, source, 2) for source in config.data.train}
         totals = task.num_targets([micro_batch])
-        with seen:
+        with Collectives() as seen:
             for _ in range(num_micro_batches):
                 module(micro_batch, totals, num_micro_batches).loss.backward()
-    finally:
-        dist.destroy_process_group()
     sent = (world_size - 1) / world_size
     assert planned.gather_bytes == pytest.approx(sent * seen.gathered, abs=1)
     assert planned.reduce_bytes == pytest.approx(sent * seen.reduced, abs=1)
