@@ -143,6 +143,8 @@ def _shard(module: nn.Module, world: World, shard_units: Sequence[nn.Module], ex
             dist.broadcast(tensor, src=0)
     if expert_parallel > 1:
         spread_experts(module, degree=expert_parallel, world=world)
+    # Blocks also return keys and values, which are views; nobody writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.mesh_device, (world.world_size,))
     for unit in shard_units:
         fully_shard(unit, mesh=mesh)
