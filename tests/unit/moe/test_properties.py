@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_vl.moe import balance_loss, routing_stats, z_loss
-from tests.unit.moe.builders import build, gradients, random, reference_for
+from tests.unit.moe.builders import build, gradients, random, reference_for, router_of
 from tests.unit.moe.reference import balance, capacity_drops, z
 
 
@@ -73,3 +74,43 @@ def test_any_layer_equals_the_reference(
     assert stats.load_E.tolist() == [sum(d.experts.count(e) for d in routed) for e in range(options["num_experts"])]
     assert int(stats.num_dropped) == len(drops)
     assert int(stats.num_rows) == len(routed)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=layers(),
+    num_tokens=st.integers(1, 40),
+    pulls=st.lists(st.sampled_from([-9.0, 0.0, 0.0, 9.0]), min_size=6, max_size=6),
+    block_rows=st.integers(1, 7),
+    num_threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**16),
+)
+def test_blocks_and_threads_equal_the_loop(
+    sizes: tuple[int | None, dict[str, Any]],
+    num_tokens: int,
+    pulls: list[float],
+    block_rows: int,
+    num_threads: int,
+    seed: int,
+) -> None:
+    """Loads from none to all rows: experts are pulled towards and away from by their selection biases."""
+    num_heads, options = sizes
+    x = random(num_tokens, options["dim"], seed=seed + 1)
+    probe = random(*x.shape, seed=seed + 2)
+    is_valid = random(num_tokens, seed=seed + 3) > -1
+    results = []
+    threads_before = torch.get_num_threads()
+    for backend in ("loop", "segments"):
+        layer = build(num_heads, seed=seed, backend=backend, **options)
+        router_of(layer).selection_bias_E.copy_(torch.tensor(pulls[: options["num_experts"]]))
+        leaf = x.clone().requires_grad_()
+        try:
+            torch.set_num_threads(num_threads)
+            with patch("mhmoe_vl.moe.segments.BLOCK_ROWS", {8: block_rows}):
+                y, _ = layer(leaf, is_valid)
+                y.backward(probe)
+        finally:
+            torch.set_num_threads(threads_before)
+        results.append({"y": y.detach(), "x": leaf.grad, **gradients(layer)})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-10, msg=lambda t, n=name: f"{n}: {t}")
