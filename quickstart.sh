@@ -75,7 +75,7 @@ train 1 vqa &
 vqa=$!
 train 1 captioning
 # Without the image there is little to learn; the score card takes the better of this twin and the counted prior.
-train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=400
+train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=800
 "$PYTHON" -m eval.captioning --run $RUNS/captioning --data $DATA/pairs-val
 wait $vqa
 say "fine-tuning: nlvr2"
