@@ -10,6 +10,7 @@ FSDP2 would pair the reduction of one part with that of another and compute wron
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
