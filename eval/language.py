@@ -80,7 +80,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--run", type=Path, required=True, help="directory of a run of language modeling or pretraining"
     )
     parser.add_argument("--config", type=Path, required=True, help="tasks and metrics; see configs/eval")
-    parser.add_argument("--include", type=Path, nargs="+", default=[], metavar="DIR", help="folders with task files")
+    parser.add_argument(
+        "--include",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with task files; may be repeated",
+    )
     parser.add_argument("--local-data", type=Path, metavar="DIR", help="read DIR/TASK/validation.jsonl, not the hub")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N")

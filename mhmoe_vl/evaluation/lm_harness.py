@@ -123,7 +123,8 @@ def run_harness(
 
     Args:
         include: folders with task files.
-        local_data: folder with ``TASK/validation.jsonl`` and so on, instead of what the task files name.
+        local_data: folder with ``TASK/validation.jsonl`` and so on, instead of what the task files name; those of
+            ``include`` may have data of their own.
         limit: only so many questions of each task.
 
     Raises:
@@ -145,7 +146,10 @@ def run_harness(
     with tempfile.TemporaryDirectory() as folder:
         if local_data is not None:
             for name in names:
-                _write_local_task(Path(folder), name, Path(manager.task_index[name].yaml_path), local_data)
+                task_file = Path(manager.task_index[name].yaml_path)
+                is_own = any(task_file.resolve().is_relative_to(path.resolve()) for path in include)
+                if not is_own or (local_data / name).is_dir():
+                    _write_local_task(Path(folder), name, task_file, local_data)
             manager = TaskManager(include_path=[*(str(path) for path in include), folder])
         try:
             found = lm_eval.simple_evaluate(

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from eval.language import main, scorer_of
-from mhmoe_vl.config import ConfigError, load_config
+from mhmoe_vl.config import load_config
+from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.evaluation.lm_harness import HarnessTaskConfig, LanguageEvaluationConfig, baselines, run_harness
 from mhmoe_vl.train.trained import load_trained
-from tests.integration.runs import ALONE, language_modeling, train
+from tests.integration.runs import ALONE, language_modeling, pretraining, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,9 +102,6 @@ def test_local_tasks(
         {"name": "shapes_next", "metrics": ["exact_match"]},
     ]
     config.write_text(yaml.safe_dump({"tasks": tasks}))
-    for name in ("shapes", "shapes_text", "shapes_next"):
-        (task_files / name).mkdir()
-        (task_files / name / "validation.jsonl").write_text((task_files / "data.jsonl").read_text())
     arguments = ["--run", str(out), "--config", str(config), "--include", str(task_files)]
     assert main([*arguments, "--local-data", str(task_files)]) == 0
     found = {(s["task"], s["metric"]): s for s in json.loads((out / "own_scores.json").read_text())["scores"]}
@@ -132,10 +130,41 @@ def test_local_tasks(
         assert expected in printed
 
 
-def test_a_task_that_is_not_there(shards: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_there(shards: Path, corpus: Path, task_files: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra lm)")
     train(language_modeling(shards, corpus, tmp_path / "run", max_steps=2))
     scorer = scorer_of(load_trained(tmp_path / "run", ALONE, task_kind="language_modeling"), batch_size=4)
-    for name, message in (("arc_eazy", r"no task 'arc_eazy' \(did you mean 'arc_easy'\?\)"),):
-        with pytest.raises(ConfigError, match=message):
-            run_harness(scorer, LanguageEvaluationConfig(tasks=(HarnessTaskConfig(name=name),)))
+
+    def run(name: str, metric: str = "acc") -> None:
+        tasks = (HarnessTaskConfig(name=name, metrics=(metric,)),)
+        run_harness(scorer, LanguageEvaluationConfig(tasks=tasks), include=[task_files], local_data=task_files, limit=1)
+
+    with pytest.raises(ConfigError, match=r"no task 'arc_eazy' \(did you mean 'arc_easy'\?\)"):
+        run("arc_eazy")
+    with pytest.raises(ConfigError, match=r"shapes: has no metric 'acc_nrm' \(did you mean 'acc_norm'\?\); it has acc"):
+        run("shapes", "acc_nrm")
+    with pytest.raises(DataError, match=r"piqa: has none of train.jsonl, validation.jsonl, test.jsonl"):
+        run("piqa")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_masked_encoder(shards: Path, task_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By pseudo-log-likelihood; it generates nothing."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra lm)")
+    out, config = tmp_path / "run", tmp_path / "own.yaml"
+    train(pretraining(shards, out, max_steps=2))
+    config.write_text(yaml.safe_dump({"tasks": [{"name": "shapes"}]}))
+    arguments = ["--run", str(out), "--config", str(config), "--include", str(task_files)]
+    assert main(arguments) == 0
+    card = json.loads((out / "own_scores.json").read_text())
+    assert card["scoring"] == "pseudo-log-likelihood"
+    scorer = scorer_of(load_trained(out, ALONE, task_kind="pretrain"), batch_size=5)
+    num_right = 0
+    for q in QUESTIONS:
+        scores = scorer.continuations([(q["question"], " " + choice) for choice in q["choices"]])
+        num_right += max(range(len(scores)), key=lambda place, s=scores: s[place].log_probability) == q["answer"]
+    assert card["scores"][0]["score"] == pytest.approx(num_right / 6)
+    with pytest.raises(SystemExit, match="64"):
+        main([*arguments, "tasks=[{name: shapes_next, metrics: [exact_match]}]"])
+    assert "a masked encoder does not generate text" in capsys.readouterr().err
