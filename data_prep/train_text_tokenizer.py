@@ -17,8 +17,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from mhmoe_vl.data.files import check_writable, write_atomically
-from mhmoe_vl.data.prepare.command_line import positive_int, print_skips
-from mhmoe_vl.data.prepare.corpus import iterate_texts
+from mhmoe_vl.data.prepare.command_line import fraction, positive_int, print_skips
+from mhmoe_vl.data.prepare.corpus import iterate_texts, sample_by_temperature
 from mhmoe_vl.data.prepare.progress import show_progress
 from mhmoe_vl.data.prepare.text_tokenizer import (
     TOKENIZER_MODELS,
@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.out)
         skipped: list[Skip] = []
         tokenizer = clip_tokenizer() if args.clip else _train(args)
-        statistics = tokenizer_statistics(tokenizer, _read(args, skipped, "measuring")) if args.sources else None
+        statistics = (
+            tokenizer_statistics(tokenizer, _counted(iterate_texts(args.sources, skipped), "measuring"))
+            if args.sources
+            else None
+        )
         write_atomically(args.out, tokenizer.to_str(pretty=True).encode())
         print(f"{args.out}: vocabulary of {tokenizer.get_vocab_size()} tokens")
         if statistics:
@@ -56,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> Tokenizer:
     options = {"vocab_size": args.vocab_size, "model": args.model, "lowercase": args.lowercase}
+    texts = sample_by_temperature(args.sources, args.sampling_alpha, [])
     if sys.stderr.isatty():
-        return train_tokenizer(iterate_texts(args.sources, []), **options, show_progress=True)
-    return train_tokenizer(_read(args, [], "learning from"), **options)
+        return train_tokenizer(texts, **options, show_progress=True)
+    return train_tokenizer(_counted(texts, "learning from"), **options)
 
 
-def _read(args: argparse.Namespace, skipped: list[Skip], what: str) -> Iterator[str]:
-    return show_progress(iterate_texts(args.sources, skipped), label=f"{what} texts", amount=lambda _: 1)
+def _counted(texts: Iterator[str], what: str) -> Iterator[str]:
+    return show_progress(texts, label=f"{what} texts", amount=lambda _: 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +76,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
     parser.add_argument("--vocab-size", type=positive_int, default=16000, metavar="N", help="(default 16000)")
     parser.add_argument("--model", choices=TOKENIZER_MODELS, default="bpe", help="bpe works on bytes (default bpe)")
+    parser.add_argument(
+        "--sampling-alpha",
+        type=fraction,
+        default=1.0,
+        metavar="A",
+        help="texts of each source count as if there were n ** A instead of n of them, as data.sampling_alpha does in "
+        "training; XLM takes 0.5 (default 1: as they are)",
+    )
     parser.add_argument("--lowercase", action="store_true", help="make no difference between upper and lower case")
     parser.add_argument("--clip", action="store_true", help="write CLIP's vocabulary; sources are only measured")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")

@@ -1,6 +1,7 @@
 """What the loader hands to a task.
 
-Shape suffixes: B samples, P patches, L text tokens, A answers.
+Shape suffixes: B samples, P patches, R rows of text, L text tokens, A answers. A text is a row, unless texts are
+packed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor
 
 from mhmoe_vl.data.masking import IGNORE
+from mhmoe_vl.data.rows import Piece, pack_pieces, pieces_of
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample, before it is put into a batch. Fields as in :class:`Batch`, without the first dimension."""
+    """One sample, before it is put into a batch. Fields as in :class:`Batch`, without the first dimension.
+
+    Attributes:
+        row_length: of rows that texts of any length are packed into; None for a row per text.
+    """
 
     sample_id: str
     seed: int
@@ -27,6 +33,9 @@ class Example:
     text_targets: list[int] | None = None
     answer_scores: Tensor | None = None
     label: int | None = None
+    row_length: int | None = None
+    num_bytes: int | None = None
+    num_characters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,12 @@ class Batch:
         image: uint8 ``[B, 3, H, W]``; for image pairs the left one.
         right_image: the right image of a pair of images.
         image_mask: bool ``[B, P]``, True where the patch is hidden and to be predicted.
-        text_ids: int64 ``[B, L]``, masked where the objective masks, padded on the right.
-        text_valid: bool ``[B, L]``, False for padding.
-        text_targets: int64 ``[B, L]``, -100 where nothing is predicted.
+        text_ids: int64 ``[R, L]``, masked where the objective masks, padded on the right.
+        text_valid: bool ``[R, L]``, False for padding.
+        text_targets: int64 ``[R, L]``, -100 where nothing is predicted.
+        text_positions: int64 ``[R, L]`` of packed texts; 0 where another text begins, and in padding.
+        text_seed: int64 ``[R, L]`` of packed texts, the seed of the sample that each token is of.
+        num_bytes, num_characters: int64 ``[B]`` of packed texts: size in UTF-8 and in Unicode characters.
         answer_scores: float32 ``[B, A]``, soft VQA targets.
         label: int64 ``[B]``; -1 where it is not known.
         problems: one line for each broken sample that was replaced by its neighbour.
@@ -55,6 +67,10 @@ class Batch:
     text_ids: Tensor | None = None
     text_valid: Tensor | None = None
     text_targets: Tensor | None = None
+    text_positions: Tensor | None = None
+    text_seed: Tensor | None = None
+    num_bytes: Tensor | None = None
+    num_characters: Tensor | None = None
     answer_scores: Tensor | None = None
     label: Tensor | None = None
     problems: tuple[str, ...] = ()
@@ -74,7 +90,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], template: Example, *, pad_id: int, problems: Sequence[str] = ()) -> Batch:
-    """Stack examples; texts are padded to the longest.
+    """Stack examples; texts are padded to the longest, or packed.
 
     Args:
         template: an example of this kind; says which fields exist, and their shapes, when ``examples`` is empty (a
@@ -89,15 +105,29 @@ def collate(examples: Sequence[Example], template: Example, *, pad_id: int, prob
             return like.new_empty(0, *like.shape)
         return torch.stack([getattr(example, name) for example in examples])
 
-    text_ids = text_valid = text_targets = None
-    if template.text_ids is not None:
+    text_ids = text_valid = text_targets = text_positions = text_seed = None
+    if template.row_length is not None:
+        pieces = [piece for example in examples for piece in _pieces(example, template.row_length)]
+        rows = pack_pieces(pieces, template.row_length)
+        length = max((sum(len(ids) for ids, _, _ in row) for row in rows), default=2)
+        text_ids = _padded([[i for ids, _, _ in row for i in ids] for row in rows], length, pad_id)
+        text_targets = _padded([[t for _, targets, _ in row for t in targets] for row in rows], length, IGNORE)
+        text_valid = text_targets != IGNORE
+        text_positions = _padded([[p for ids, _, _ in row for p in range(len(ids))] for row in rows], length, 0)
+        text_seed = _padded([[seed for ids, _, seed in row for _ in ids] for row in rows], length, 0)
+    elif template.text_ids is not None:
         texts = [example.text_ids or [] for example in examples]
         length = max((len(ids) for ids in texts), default=2)
         text_ids = _padded(texts, length, pad_id)
         text_valid = _padded([[1] * len(ids) for ids in texts], length, 0).bool()
         if template.text_targets is not None:
             text_targets = _padded([example.text_targets or [] for example in examples], length, IGNORE)
-    labels = None if template.label is None else torch.tensor([e.label for e in examples], dtype=torch.long)
+
+    def numbers(name: str) -> Tensor | None:
+        if getattr(template, name) is None:
+            return None
+        return torch.tensor([getattr(example, name) for example in examples], dtype=torch.long)
+
     return Batch(
         sample_ids=tuple(example.sample_id for example in examples),
         seed=torch.tensor([example.seed for example in examples], dtype=torch.long),
@@ -107,10 +137,20 @@ def collate(examples: Sequence[Example], template: Example, *, pad_id: int, prob
         text_ids=text_ids,
         text_valid=text_valid,
         text_targets=text_targets,
+        text_positions=text_positions,
+        text_seed=text_seed,
+        num_bytes=numbers("num_bytes"),
+        num_characters=numbers("num_characters"),
         answer_scores=stacked("answer_scores"),
-        label=labels,
+        label=numbers("label"),
         problems=tuple(problems),
     )
+
+
+def _pieces(example: Example, row_length: int) -> list[Piece]:
+    assert example.text_ids is not None
+    assert example.text_targets is not None
+    return pieces_of(example.text_ids, example.text_targets, example.seed, row_length)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:

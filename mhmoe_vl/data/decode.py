@@ -137,6 +137,11 @@ def clean_text(text: str) -> str:
     return unicodedata.normalize("NFC", " ".join(visible.split()))
 
 
+def clean_document(text: str) -> str:
+    """``text`` with every line cleaned by :func:`clean_text`: line breaks stay, as verse and code need them."""
+    return "\n".join(clean_text(line) for line in text.replace("\r\n", "\n").strip().split("\n"))
+
+
 def decode_json(data: bytes) -> dict[str, Any]:
     """Parse a JSON object; only UTF-8 and only standard JSON (no NaN or Infinity).
 

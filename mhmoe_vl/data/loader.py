@@ -42,8 +42,10 @@ class Source:
         for shard in self.shards:
             if shard.kind not in builder.shard_kinds:
                 raise DataError(f"{shard.path}: is a shard of kind '{shard.kind}', but source '{name}' needs {wanted}")
-        self._shard_ends = np.cumsum([shard.num_items for shard in self.shards])
-        self._sample_ends = [np.cumsum([sample.num_items for sample in shard.samples]) for shard in self.shards]
+        self._sample_ends = [
+            np.cumsum([builder.num_items(sample) for sample in shard.samples], dtype=np.int64) for shard in self.shards
+        ]
+        self._shard_ends = np.cumsum([ends[-1] if len(ends) else 0 for ends in self._sample_ends])
 
     def __len__(self) -> int:
         return int(self._shard_ends[-1])

@@ -49,8 +49,13 @@ class MixturePlan:
             if self.batch_size * share < 1:
                 raise ConfigError(
                     f"data.train.{source}.weight: {self.weights[source]} is {float(share):.2%} of all weights, less "
-                    f"than one of the {self.batch_size} samples of a step; raise it, or data.batch_size"
+                    f"than one of the {self.batch_size} samples of a step; raise it, or data.batch_size (a smaller "
+                    "data.sampling_alpha gives small sources more)"
                 )
+
+    def share(self, source: str) -> float:
+        """Of each step."""
+        return float(self._shares()[source])
 
     def num_consumed(self, step: int) -> dict[str, int]:
         """Samples that each source has given before ``step``.

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from mhmoe_vl.data.batch import Example
-from mhmoe_vl.data.decode import captions_of, clean_text, decode_image, decode_json, decode_text, image_member
+from mhmoe_vl.data.decode import (
+    captions_of,
+    clean_document,
+    clean_text,
+    decode_image,
+    decode_json,
+    decode_text,
+    image_member,
+)
 from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.masking import mask_patches, mask_text
+from mhmoe_vl.data.shards import IndexedSample
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.errors import DataError
 
@@ -30,6 +39,10 @@ class SampleBuilder(ABC):
     """
 
     shard_kinds: tuple[str, ...]
+
+    def num_items(self, sample: IndexedSample) -> int:
+        """How many examples there are in a sample, known from its index entry alone."""
+        return sample.num_items
 
     @abstractmethod
     def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
@@ -84,6 +97,65 @@ class TextSamples(SampleBuilder):
             body = body[start : start + room]
         ids, targets = mask_text([first, *body, last], self.mask_ratio, self.tokenizer, rng)
         return Example(key, seed, text_ids=ids, text_targets=targets)
+
+
+class DocumentSamples(SampleBuilder):
+    """Documents for causal language modeling: all of their tokens, each predicted once.
+
+    A document of more than ``segment_bytes`` is several items, so that an item has a limit and none of a document is
+    lost: the size in the index says how many, and white space near the limit says where one ends (no token is cut in
+        half; the
+    white space itself is not predicted). A segment starts with ``<s>``, and the last one of a document ends with
+    ``</s>``.
+
+    Args:
+        row_length: of the rows that items are packed into; a longer item takes several.
+    """
+
+    shard_kinds = ("text",)
+
+    #: How far before its limit a segment may end for the sake of white space.
+    _LOOK_BACK = 256
+
+    def __init__(self, tokenizer: TextTokenizer, row_length: int, segment_bytes: int) -> None:
+        if segment_bytes <= self._LOOK_BACK:
+            raise ValueError(f"segment_bytes={segment_bytes} must be more than {self._LOOK_BACK}")
+        self.tokenizer, self.row_length, self.segment_bytes = tokenizer, row_length, segment_bytes
+
+    def num_items(self, sample: IndexedSample) -> int:
+        size = sample.members["txt"].size if "txt" in sample.members else 1
+        return max(1, -(-size // self.segment_bytes))
+
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+        data = _member(members, "txt")
+        text = clean_document(decode_text(data[self._cut(data, item) : self._cut(data, item + 1)]))
+        if not text:
+            raise DataError("text is empty")
+        ids = [self.tokenizer.bos_id, *self.tokenizer.ordinary_tokens(text)]
+        if (item + 1) * self.segment_bytes >= len(data):
+            ids.append(self.tokenizer.eos_id)
+        return Example(
+            key if len(data) <= self.segment_bytes else f"{key}/{item}",
+            seed,
+            text_ids=ids[:-1],
+            text_targets=ids[1:],
+            row_length=self.row_length,
+            num_bytes=len(text.encode()),
+            num_characters=len(text),
+        )
+
+    def _cut(self, data: bytes, number: int) -> int:
+        """Where segment ``number`` begins: behind the last white space before its limit, else at a character."""
+        limit = number * self.segment_bytes
+        if limit == 0 or limit >= len(data):
+            return min(limit, len(data))
+        for place in range(limit, limit - self._LOOK_BACK, -1):
+            if data[place - 1 : place].isspace():
+                return place
+        for place in range(limit, limit - 4, -1):
+            if data[place] & 0b1100_0000 != 0b1000_0000:
+                return place  # no character is cut in half
+        return limit
 
 
 class PairSamples(SampleBuilder):

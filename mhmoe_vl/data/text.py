@@ -61,8 +61,11 @@ class TextTokenizer:
 
     def encode(self, text: str, max_length: int) -> list[int]:
         """``<s> text </s>``, cut to ``max_length`` ids with the end token kept."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids[: max_length - 2], self.eos_id]
+        return [self.bos_id, *self.ordinary_tokens(text)[: max_length - 2], self.eos_id]
+
+    def ordinary_tokens(self, text: str) -> list[int]:
+        """The ids of ``text`` alone."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; empty if there are no others."""

@@ -59,7 +59,9 @@ class ModelConfig(Config):
         ffn: kind of the sparse blocks' feed-forward layer, the one word that a comparison changes.
         shared_attention: one set of attention weights for both modalities (the paper) or one each (the release).
         vl_ffn_layers: top blocks with a third, joint feed-forward for image-text pairs (paper: 3; release: 0).
-        tie_embeddings: the MLM head shares the token embedding (the release has its own).
+        tie_embeddings: the MLM or LM head shares the token embedding (the release has its own).
+        positions: of text: ``learned``, a table that is added to the tokens, or ``rotary`` (arXiv 2104.09864), which
+            turns queries and keys and has no parameters. Rotary needs an encoder of text alone.
     """
 
     dim: Positive
@@ -79,6 +81,7 @@ class ModelConfig(Config):
     shared_attention: bool = False
     vl_ffn_layers: Annotated[int, Field(ge=0)] = 0
     tie_embeddings: bool = False
+    positions: Literal["learned", "rotary"] = "learned"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     checkpoint_activations: bool = False
 
@@ -97,6 +100,17 @@ class ModelConfig(Config):
             raise ValueError(f"vl_ffn_layers={self.vl_ffn_layers} exceeds depth={self.depth}")
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"modalities={self.modalities} must name 'vision', 'text' or both, once each")
+        if self.positions == "rotary":
+            if self.modalities != ("text",):
+                raise ValueError(
+                    "positions: 'rotary' is for text alone: patches have rows and columns, and no place on the axis "
+                    "that words have; set modalities=[text], or positions=learned"
+                )
+            if self.dim // self.num_heads % 2:
+                raise ValueError(
+                    f"positions: 'rotary' turns pairs of values, and a head of dim={self.dim} / num_heads="
+                    f"{self.num_heads} has {self.dim // self.num_heads}; choose num_heads so that it is even"
+                )
         if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
             raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":

@@ -46,7 +46,8 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
         active += attention_params + ffn.num_active_params + 2 * dim
     final_norms = num_branches * 2 * dim
     image_table = (3 * config.patch_size**2 + 1) * dim + (3 + config.num_patches) * dim if num_image else 0
-    text_table = (config.vocab_size + config.max_text_length) * dim if "text" in config.modalities else 0
+    num_positions = config.max_text_length if config.positions == "learned" else 0
+    text_table = (config.vocab_size + num_positions) * dim if "text" in config.modalities else 0
     assignments = 0 if config.ffn == "dense" else config.ffn_shape.num_heads * config.ffn_shape.top_k
     return EncoderCost(
         num_params=params + final_norms + image_table + text_table,

@@ -61,33 +61,54 @@ class VisionEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Token embedding plus learned positions; padding gives zeros, as in BEiT-3."""
+    """Token embedding plus learned positions; padding gives zeros, as in BEiT-3.
 
-    def __init__(self, dim: int, vocab_size: int, max_length: int) -> None:
+    Args:
+        learned_positions: False leaves positions to the attention.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, max_length: int, *, learned_positions: bool = True) -> None:
         super().__init__()
         self.max_length = max_length
         self.tokens = nn.Embedding(vocab_size, dim)
-        self.positions = nn.Parameter(torch.empty(1, max_length, dim))
+        self.positions: nn.Parameter | None
+        self.register_parameter(
+            "positions", nn.Parameter(torch.empty(1, max_length, dim)) if learned_positions else None
+        )
 
     def reset_parameters(self, std: float) -> None:
         nn.init.trunc_normal_(self.tokens.weight, std=std)
-        nn.init.trunc_normal_(self.positions, std=std)
+        if self.positions is not None:
+            nn.init.trunc_normal_(self.positions, std=std)
 
-    def forward(self, ids_BL: Tensor, valid_BL: Tensor | None = None, *, first_position: int = 0) -> Tensor:
+    def forward(
+        self,
+        ids_BL: Tensor,
+        valid_BL: Tensor | None = None,
+        *,
+        first_position: int = 0,
+        positions_BL: Tensor | None = None,
+    ) -> Tensor:
         """``[B, L, D]``.
 
         Args:
             ids_BL: token ids.
             valid_BL: False for padding.
             first_position: position of the first token, when decoding step by step.
+            positions_BL: int64, the position of every token where they do not simply count up, as in packed rows.
 
         Raises:
             ValueError: the text is longer than the table of positions.
         """
+        x_BLD = self.tokens(ids_BL)
         end = first_position + ids_BL.shape[1]
-        if end > self.max_length:
+        if positions_BL is None and end > self.max_length:
             raise ValueError(f"text of {end} tokens exceeds max_text_length={self.max_length}")
-        x_BLD = self.tokens(ids_BL) + self.positions[:, first_position:end]
+        if self.positions is not None:
+            if positions_BL is None:
+                x_BLD = x_BLD + self.positions[:, first_position:end]
+            else:
+                x_BLD = x_BLD + F.embedding(positions_BL, self.positions[0])
         return x_BLD if valid_BL is None else torch.where(valid_BL[..., None], x_BLD, 0.0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhmoe_vl.models.attention import Attention, KeyValues
+from mhmoe_vl.models.attention import Attention, KeyValues, Rotation
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.drop_path import keep_factors
 from mhmoe_vl.models.embeddings import TextEmbedding, VisionEmbedding
@@ -61,13 +61,14 @@ class Block(nn.Module):
         mask: Tensor | None,
         text_valid: Tensor | None,
         is_pair: bool,
-        keep_2B: Tensor | None,
+        keep: Tensor | None,
         past: KeyValues | None,
+        rotation: Rotation | None = None,
     ) -> tuple[Streams, list[LayerRouting], KeyValues]:
-        attended, present = self.attention(self.attention_norm(streams), mask, past)
-        streams = streams + (attended if keep_2B is None else attended.scaled(keep_2B[0]))
+        attended, present = self.attention(self.attention_norm(streams), mask, past, rotation)
+        streams = streams + (attended if keep is None else attended.scaled(keep[0]))
         fed, routings = self.ffn(self.ffn_norm(streams), text_valid, is_pair=is_pair)
-        streams = streams + (fed if keep_2B is None else fed.scaled(keep_2B[1]))
+        streams = streams + (fed if keep is None else fed.scaled(keep[1]))
         return streams, routings, present
 
 
@@ -83,7 +84,12 @@ class MultiwayEncoder(nn.Module):
         if "vision" in config.modalities:
             self.vision_embedding = VisionEmbedding(config.dim, config.image_size, config.patch_size)
         if "text" in config.modalities:
-            self.text_embedding = TextEmbedding(config.dim, config.vocab_size, config.max_text_length)
+            self.text_embedding = TextEmbedding(
+                config.dim,
+                config.vocab_size,
+                config.max_text_length,
+                learned_positions=config.positions == "learned",
+            )
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.depth))  # type: ignore[assignment]
         self.norm = Multiway(lambda: nn.LayerNorm(config.dim), config.modalities)
         self.reset_parameters()
@@ -118,6 +124,7 @@ class MultiwayEncoder(nn.Module):
         blind: bool = False,
         past: Sequence[KeyValues] | None = None,
         first_position: int = 0,
+        text_positions: Tensor | None = None,
         with_cache: bool = False,
         is_pair: bool | None = None,
     ) -> EncoderOutput:
@@ -128,28 +135,40 @@ class MultiwayEncoder(nn.Module):
             text_ids: int64 ``[B, L]``; None for images alone.
             text_valid: bool ``[B, L]``, False for padding; None if there is none.
             image_mask: bool ``[B, P]``, True for patches to hide.
-            sample_seed: int64 ``[B]``; decides stochastic depth in training. None: no stochastic depth.
+            sample_seed: int64 ``[B]``, or of packed rows ``[B, L]``; decides stochastic depth in training. None: no
+                stochastic depth.
             pattern: who may look at whom.
             blind: of the image keep the class token only.
             past: cache of an earlier call that ``text_ids`` continue (``image`` must then be None).
             first_position: position of the first token of ``text_ids`` in its text.
+            text_positions: int64 ``[B, L]`` of packed rows of text alone: wherever they start again at 0, another text
+                begins, and tokens see those of their own text only.
             with_cache: return keys and values, for decoding step by step.
             is_pair: whether joint feed-forward layers (VL-FFN) apply; None means image and text are both given here.
                 Decoding step by step has to say True, since each call sees one part of the pair.
         """
-        streams = self._embed(image, text_ids, text_valid, image_mask, blind, first_position)
+        if text_positions is not None and (image is not None or past):
+            raise ValueError("packed rows hold text alone, and are encoded in one call")
+        streams = self._embed(image, text_ids, text_valid, image_mask, blind, first_position, text_positions)
         text_valid = None if text_ids is None else text_valid
         if is_pair is None:
             is_pair = streams.vision.shape[1] > 0 and streams.text.shape[1] > 0
         mask = _attention_mask(streams, text_valid, pattern, num_past=0 if not past else past[0].keys.shape[2])
+        if text_positions is not None:
+            together = same_text(text_positions)[:, None]
+            mask = together if mask is None else mask & together
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = self._rotation(streams.text, first_position, text_positions)
         keep = None
         if self.training and self.config.drop_path > 0 and sample_seed is not None:
-            keep = keep_factors(sample_seed, 2 * len(self.blocks), self.config.drop_path).unflatten(0, (-1, 2))
+            factors = keep_factors(sample_seed.flatten(), 2 * len(self.blocks), self.config.drop_path)
+            keep = factors.view(len(self.blocks), 2, *sample_seed.shape)
         routings: list[LayerRouting] = []
         cache: list[KeyValues] = []
         for layer, block in enumerate(self.blocks):
-            keep_2B = None if keep is None else keep[layer]
-            arguments = (streams, mask, text_valid, is_pair, keep_2B, None if past is None else past[layer])
+            of_past = None if past is None else past[layer]
+            arguments = (streams, mask, text_valid, is_pair, None if keep is None else keep[layer], of_past, rotation)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 streams, of_block, present = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -164,6 +183,12 @@ class MultiwayEncoder(nn.Module):
         """Modules that sharded data parallelism should gather one at a time, in order."""
         return list(self.blocks)
 
+    def _rotation(self, text_BLD: Tensor, first_position: int, text_positions: Tensor | None) -> Rotation:
+        if text_positions is None:
+            end = first_position + text_BLD.shape[1]
+            text_positions = torch.arange(first_position, end, device=text_BLD.device)[None]
+        return Rotation.of_positions(text_positions, self.config.dim // self.config.num_heads)
+
     def _embed(
         self,
         image: Tensor | None,
@@ -172,6 +197,7 @@ class MultiwayEncoder(nn.Module):
         image_mask: Tensor | None,
         blind: bool,
         first_position: int,
+        text_positions: Tensor | None,
     ) -> Streams:
         if image is None and text_ids is None:
             raise ValueError("the encoder needs an image, a text, or both")
@@ -181,13 +207,20 @@ class MultiwayEncoder(nn.Module):
         vision = None if image is None else self.vision_embedding(image, image_mask, blind=blind)
         text = None
         if text_ids is not None:
-            text = self.text_embedding(text_ids, text_valid, first_position=first_position)
+            text = self.text_embedding(text_ids, text_valid, first_position=first_position, positions_BL=text_positions)
         known = vision if vision is not None else text
         assert known is not None
         return Streams(
             known[:, :0] if vision is None else vision,
             known[:, :0] if text is None else text,
         )
+
+
+def same_text(positions_BL: Tensor) -> Tensor:
+    """Bool ``[B, L, L]``: whether two tokens of a packed row are of one text, which begins wherever positions start
+    again at 0. (Padding at position 0 is a text of its own, so that no row of an attention mask is empty.)"""
+    number_BL = (positions_BL == 0).cumsum(1)
+    return number_BL[:, :, None] == number_BL[:, None, :]
 
 
 def initial_std(dim: int) -> float:

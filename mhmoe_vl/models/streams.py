@@ -35,9 +35,13 @@ class Streams(NamedTuple):
             return NotImplemented
         return Streams(self.vision + other.vision, self.text + other.text)
 
-    def scaled(self, factor_B: Tensor) -> Streams:
-        """Each sample of both streams multiplied by its factor."""
-        factor_B11 = factor_B.to(self.vision.dtype)[:, None, None]
+    def scaled(self, factor: Tensor) -> Streams:
+        """Each sample of both streams multiplied by its factor ``[B]``; or each token by its own ``[B, Lt]``, if there
+        is text alone."""
+        factor = factor.to(self.text.dtype)
+        if factor.dim() == 2:
+            return Streams(self.vision, self.text * factor[..., None])
+        factor_B11 = factor[:, None, None]
         return Streams(self.vision * factor_B11, self.text * factor_B11)
 
 

@@ -9,6 +9,7 @@ from mhmoe_vl.plan.layout import Layout, Shards
 from mhmoe_vl.plan.trace import Trace, Tracer
 from mhmoe_vl.plan.workload import Sample, heads_of
 from mhmoe_vl.tasks.base import Task
+from mhmoe_vl.tasks.language_modeling import LanguageModelingTask
 from mhmoe_vl.tasks.pretrain import PretrainTask
 
 #: Weights, gradients and gathered parameters are float32; AdamW keeps two moments of each weight.
@@ -62,10 +63,9 @@ class Part:
 def parts_of(
     task: Task, tracer: Tracer, samples: Mapping[str, Sample], shares: Mapping[str, int], *, checkpointed: bool
 ) -> list[Part]:
-    """Everything that a micro-batch runs through, source by source."""
+    """Everything that a micro-batch runs through, pass by pass."""
     parts = []
-    for source, sample in samples.items():
-        number = shares[source]
+    for sample, number in passes_of(task, samples, shares):
         parts.append(Part("embeddings", tracer.embeddings(sample, number)))
         parts += [
             Part(f"block{layer}", tracer.block(layer, sample, number, checkpointed=checkpointed))
@@ -78,6 +78,13 @@ def parts_of(
             for num, (head, num_rows) in enumerate(heads_of(task, sample))
         ]
     return parts
+
+
+def passes_of(task: Task, samples: Mapping[str, Sample], shares: Mapping[str, int]) -> list[tuple[Sample, int]]:
+    """What goes through the encoder at once, with its number: a source, but of language modeling all together."""
+    if isinstance(task, LanguageModelingTask):
+        return [(next(iter(samples.values())), sum(shares.values()))]
+    return [(sample, shares[source]) for source, sample in samples.items()]
 
 
 def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int) -> Memory:

@@ -10,7 +10,16 @@ from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.plan.devices import Device, compute_dtype
 from mhmoe_vl.plan.layout import Layout, Shards, layout_of, really_shard, shards_of
-from mhmoe_vl.plan.memory import USABLE, Memory, Part, all_to_all_bytes, memory_of, parts_of, states_and_gathered
+from mhmoe_vl.plan.memory import (
+    USABLE,
+    Memory,
+    Part,
+    all_to_all_bytes,
+    memory_of,
+    parts_of,
+    passes_of,
+    states_and_gathered,
+)
 from mhmoe_vl.plan.timing import Communication, StepTime, communication_of, step_time
 from mhmoe_vl.plan.trace import Tracer, Work
 from mhmoe_vl.plan.workload import (
@@ -128,7 +137,7 @@ class _Draft:
         backward = sum((part.trace.backward for part in self.parts), Work())
         communication = communication_of(
             self.shards, layout, device,
-            num_passes=len(self.samples),
+            num_passes=len(passes_of(self.task, self.samples, self.shares)),
             all_to_all=self._exchanged(),
             checkpointed=checkpointed,
         )  # fmt: skip
@@ -176,8 +185,8 @@ class _Draft:
         if self.layout.expert_parallel == 1:
             return 0
         return 4 * max(
-            self.samples[source].num_tokens * number * self.config.model.ffn_shape.top_k
-            for source, number in self.shares.items()
+            sample.num_tokens * number * self.config.model.ffn_shape.top_k
+            for sample, number in passes_of(self.task, self.samples, self.shares)
         ) * self.config.model.dim * self.dtype.itemsize  # fmt: skip
 
 

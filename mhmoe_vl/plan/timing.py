@@ -97,8 +97,8 @@ def communication_of(
     """What a rank exchanges in a step.
 
     Args:
-        num_passes: passes through the encoder per micro-batch, one per source: FSDP2 gathers every block in the forward
-            and again in the backward pass of each, and reduces after each; the root once per micro-batch.
+        num_passes: passes through the encoder per micro-batch: FSDP2 gathers every block in the forward and again in
+            the backward pass of each, and reduces after each; the root once per micro-batch.
         all_to_all: bytes of all sparse blocks in one direction, per micro-batch.
     """
     size, ring = layout.world_size, (layout.world_size - 1) / layout.world_size

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mhmoe_vl.models.attention import Rotation
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.encoder import Block, MultiwayEncoder
 from mhmoe_vl.models.heads import Nlvr2Head
@@ -126,10 +127,16 @@ class Tracer:
             if sample.num_text_tokens:
                 valid_BL = torch.ones(num_sequences, sample.num_text_tokens, dtype=torch.bool)
                 length = sample.num_image_tokens + sample.num_text_tokens
-                mask = torch.ones(num_sequences, 1, 1, length, dtype=torch.bool)
+                mask = torch.ones(num_sequences, 1, length if sample.is_packed else 1, length, dtype=torch.bool)
             is_pair = sample.num_image_tokens > 0 and sample.num_text_tokens > 0
-            keep_2B = torch.ones(2, num_sequences) if drops_paths else None
-            arguments = (streams, mask, valid_BL, is_pair, keep_2B, None)
+            # Of packed rows every token has the factor of its document.
+            of_samples = (num_sequences, sample.num_text_tokens) if sample.is_packed else (num_sequences,)
+            keep = torch.ones(2, *of_samples) if drops_paths else None
+            rotation = None
+            if self.model.positions == "rotary":
+                positions_BL = torch.zeros(num_sequences, sample.num_text_tokens, dtype=torch.long)
+                rotation = Rotation.of_positions(positions_BL, self.model.dim // self.model.num_heads)
+            arguments = (streams, mask, valid_BL, is_pair, keep, None, rotation)
 
             def run() -> Any:
                 if checkpointed:
@@ -150,17 +157,25 @@ class Tracer:
         num_sequences, model = num_samples * sample.num_sequences, self.model
 
         def make() -> Callable[[], Any]:
-            image = ids_BL = valid_BL = mask_BP = None
+            image = ids_BL = valid_BL = mask_BP = positions_BL = None
             if sample.num_image_tokens:
                 image = torch.empty(num_sequences, 3, model.image_size, model.image_size, dtype=torch.uint8)
                 mask_BP = torch.zeros(num_sequences, model.num_patches, dtype=torch.bool)
             if sample.num_text_tokens:
                 ids_BL = torch.zeros(num_sequences, sample.num_text_tokens, dtype=torch.long)
                 valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+                positions_BL = torch.zeros_like(ids_BL) if sample.is_packed else None
             blind = sample.num_image_tokens == 1
 
             def run() -> Any:
-                output = encoder(image, ids_BL, text_valid=valid_BL, image_mask=None if blind else mask_BP, blind=blind)
+                output = encoder(
+                    image,
+                    ids_BL,
+                    text_valid=valid_BL,
+                    text_positions=positions_BL,
+                    image_mask=None if blind else mask_BP,
+                    blind=blind,
+                )
                 return [output.vision, output.text], None
 
             return run

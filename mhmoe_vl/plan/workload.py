@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from mhmoe_vl.models.cost import blocks_flops_per_token
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.vqa import VqaConfig
 from mhmoe_vl.train.build import assemble_task, load_answers
@@ -37,6 +39,7 @@ class Sample:
         num_sequences: passes through the encoder; NLVR2 has two images per sample.
         num_image_tokens, num_text_tokens: of each sequence, class token included; 0 without image or text.
         num_masked_patches, num_masked_tokens: predictions of visual codes and of text tokens.
+        is_packed: a sequence is a row of documents, whose attention mask is one of pairs of tokens.
     """
 
     num_sequences: int
@@ -44,6 +47,7 @@ class Sample:
     num_text_tokens: int
     num_masked_patches: int = 0
     num_masked_tokens: int = 0
+    is_packed: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +62,10 @@ def samples_of(config: RunConfig) -> dict[str, Sample]:
     masked_patches = round(data.image_mask_ratio * model.num_patches)
     samples = {}
     for name, source in data.train.items():
-        if isinstance(task, PretrainConfig):
+        if isinstance(task, LanguageModelingConfig):
+            # A full row: as much as a document that is not cut takes, with the others of its row.
+            samples[name] = Sample(1, 0, num_text, 0, num_text, is_packed=True)
+        elif isinstance(task, PretrainConfig):
             samples[name] = {
                 "image": Sample(1, num_image, 0, masked_patches),
                 "text": Sample(1, 0, num_text, 0, _num_masked(data.text_mask_ratio, num_text - 2)),
@@ -183,19 +190,31 @@ def synthetic_batch(config: RunConfig, source: str, num_samples: int, *, num_ans
     text_ids = torch.randint(0, model.vocab_size, (num_samples, sample.num_text_tokens)) if has_text else None
     image_size = (num_samples, 3, model.image_size, model.image_size)
     targets = None
-    if text_ids is not None and sample.num_masked_tokens:
+    if text_ids is not None and sample.is_packed:
+        targets = torch.randint(0, model.vocab_size, text_ids.shape)
+    elif text_ids is not None and sample.num_masked_tokens:
         # Any but <s>; the exact places do not change the work.
         hidden_BL = nn.functional.pad(_chosen(num_samples, text_ids.shape[1] - 1, sample.num_masked_tokens), (1, 0))
         targets = torch.where(hidden_BL, text_ids, IGNORE)
+    seed = torch.randint(0, 2**62, (num_samples,))
+    packed: dict[str, Any] = {}
+    if text_ids is not None and sample.is_packed:
+        packed = {
+            "text_positions": torch.arange(text_ids.shape[1]).expand_as(text_ids),
+            "text_seed": seed[:, None].expand_as(text_ids),
+            "num_bytes": torch.full((num_samples,), 4 * text_ids.shape[1]),
+            "num_characters": torch.full((num_samples,), 4 * text_ids.shape[1]),
+        }
     return Batch(
         sample_ids=tuple(f"{source}-{number}" for number in range(num_samples)),
-        seed=torch.randint(0, 2**62, (num_samples,)),
+        seed=seed,
         image=torch.randint(0, 256, image_size, dtype=torch.uint8) if has_image else None,
         right_image=torch.randint(0, 256, image_size, dtype=torch.uint8) if sample.num_sequences == 2 else None,
         image_mask=_chosen(num_samples, num_patches, sample.num_masked_patches) if sample.num_masked_patches else None,
         text_ids=text_ids,
         text_valid=None if text_ids is None else torch.ones_like(text_ids, dtype=torch.bool),
         text_targets=targets,
+        **packed,
         answer_scores=torch.rand(num_samples, num_answers) if task.kind == "vqa" else None,
         label=torch.randint(0, 2, (num_samples,)) if task.kind == "nlvr2" else None,
     )

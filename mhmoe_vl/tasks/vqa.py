@@ -53,7 +53,7 @@ class VqaTask(Task):
         return at_least_float32(self.vqa_head(encoded.vision[:, 0])), encoded.routings
 
     def forward(self, batches: MicroBatch, totals: Mapping[str, float], num_micro_batches: int = 1) -> TaskOutput:
-        device = self.encoder.text_embedding.positions.device
+        device = self.encoder.text_embedding.tokens.weight.device
         output = TaskOutput(loss=torch.zeros((), device=device))
         routings: list[LayerRouting] = []
         for batch in batches.values():

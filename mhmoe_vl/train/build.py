@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import (
+    DocumentSamples,
     ImageSamples,
     Nlvr2Samples,
     PairSamples,
@@ -30,6 +32,7 @@ from mhmoe_vl.models.embeddings import resize_positions
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
+from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
@@ -70,6 +73,8 @@ def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_ans
     if isinstance(task, PretrainConfig):
         assert codebook is not None
         return PretrainTask(model, task, codebook)
+    if isinstance(task, LanguageModelingConfig):
+        return LanguageModelingTask(model, task)
     if isinstance(task, VqaConfig):
         return VqaTask(model, task, num_answers=num_answers)
     if isinstance(task, Nlvr2Config):
@@ -129,12 +134,25 @@ def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:
     Raises:
         ConfigError: a source is too light to give a sample to every step.
     """
+    num_items = dataset.num_items()
+    weights = {name: source.weight for name, source in config.data.train.items()}
+    if config.data.sampling_alpha is not None:
+        weights = sampling_weights(num_items, config.data.sampling_alpha)
     return MixturePlan(
-        num_items=dataset.num_items(),
-        weights={name: source.weight for name, source in config.data.train.items()},
+        num_items=num_items,
+        weights=weights,
         batch_size=config.data.batch_size,
         seed=config.seed,
     )
+
+
+def sampling_weights(num_items: Mapping[str, int | None], alpha: float) -> dict[str, float]:
+    """Shares in proportion to ``n ** alpha`` of sources of n items (XLM, arXiv 1901.07291, section 3.1).
+
+    Rounded, so that the last bit of a power, in which machines differ, decides nothing.
+    """
+    scaled = {name: float(size or 0) ** alpha for name, size in num_items.items()}
+    return {name: round(weight / sum(scaled.values()), 9) for name, weight in scaled.items()}
 
 
 def data_checksums(dataset: ShardDataset) -> dict[str, str | None]:
@@ -157,6 +175,8 @@ def _build_samples(
     masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
     if source.kind == "image":
         return ImageSamples(transform, masking)
+    if isinstance(task, LanguageModelingConfig):
+        return DocumentSamples(tokenizer, data.text_length, task.segment_size(data.text_length))
     if source.kind == "text":
         return TextSamples(tokenizer, data.text_length, data.text_mask_ratio)
     if source.kind == "vqa":

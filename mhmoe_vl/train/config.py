@@ -13,6 +13,7 @@ from mhmoe_vl.data.stream import STREAMED_KINDS
 from mhmoe_vl.distributed.expert_parallel import nearest_divisors
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
 from mhmoe_vl.tasks.pretrain import PretrainConfig
 from mhmoe_vl.tasks.vqa import VqaConfig
@@ -24,6 +25,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 #: Kinds of shard that each task reads.
 SOURCE_KINDS = {
     "pretrain": ("image", "text", "pair"),
+    "language_modeling": ("text",),
     "vqa": ("vqa",),
     "nlvr2": ("nlvr2",),
     "captioning": ("pair",),
@@ -37,7 +39,7 @@ class SourceConfig(Config):
         kind: ``image``, ``text``, ``pair``, ``vqa`` or ``nlvr2``.
         shards: directories, files, globs or brace patterns of indexed shards; for training on images, texts and pairs
             also URLs, which are streamed and not exactly resumable.
-        weight: share of each step, on any scale.
+        weight: share of each step, on any scale; left alone where ``data.sampling_alpha`` decides.
         stream_buffer: undecoded samples that each reader of a stream keeps to draw from.
     """
 
@@ -63,8 +65,11 @@ class DataConfig(Config):
         train: sources of the training mixture, by name.
         validation: held-out sources; each is scored on its own.
         text_tokenizer: ``tokenizer.json``.
-        text_length: tokens per text, ``<s>`` and ``</s>`` included.
+        text_length: tokens per text, ``<s>`` and ``</s>`` included; of language modeling, tokens per packed row.
         batch_size: samples per optimizer step, over all ranks and sources.
+        sampling_alpha: shares of the sources in proportion to ``size ** sampling_alpha``, size being the number of
+            samples, instead of weights by hand (XLM, arXiv 1901.07291, section 3.1). 1 keeps the natural shares, 0
+            makes all equal; XLM takes 0.5 for the tokenizer and 0.7 for training.
         validation_batch_size: samples per rank and forward pass.
         num_workers: loader processes per rank; 0 loads in the training process.
     """
@@ -74,6 +79,7 @@ class DataConfig(Config):
     text_tokenizer: str
     text_length: Annotated[int, Field(ge=4)] = 64
     batch_size: Positive
+    sampling_alpha: Ratio | None = None
     validation_batch_size: Positive = 64
     augment: AugmentConfig = AugmentConfig()
     image_mask_ratio: Ratio = 0.4
@@ -100,7 +106,10 @@ class RunConfig(Config):
 
     out: str
     seed: int = 0
-    task: Annotated[PretrainConfig | VqaConfig | Nlvr2Config | CaptioningConfig, Field(discriminator="kind")]
+    task: Annotated[
+        PretrainConfig | LanguageModelingConfig | VqaConfig | Nlvr2Config | CaptioningConfig,
+        Field(discriminator="kind"),
+    ]
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -138,6 +147,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"data.text_length: {self.data.text_length} exceeds model.max_text_length {self.model.max_text_length}"
             )
+        if self.data.sampling_alpha is not None:
+            self._check_sampling()
+        if isinstance(self.task, LanguageModelingConfig):
+            self._check_language_modeling()
         if self.optimizer.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} must be below max_steps {self.max_steps}"
@@ -145,6 +158,32 @@ class RunConfig(Config):
         if self.expert_parallel > 1:
             self._check_expert_parallel()
         return self
+
+    def _check_sampling(self) -> None:
+        for name, source in self.data.train.items():
+            if source.is_stream:
+                raise ValueError(
+                    f"data.sampling_alpha: nobody knows the size of the streamed source '{name}'; give every source a "
+                    "weight instead"
+                )
+            if source.weight != 1.0:
+                raise ValueError(
+                    f"data.train.{name}.weight: {source.weight} beside data.sampling_alpha={self.data.sampling_alpha}, "
+                    "which decides the shares; leave one of them out"
+                )
+
+    def _check_language_modeling(self) -> None:
+        if self.model.modalities != ("text",):
+            raise ValueError(
+                f"model.modalities: {list(self.model.modalities)}, but task 'language_modeling' reads text alone, and "
+                "what it does not use must not count as its parameters; set model.modalities=[text]"
+            )
+        for name, source in self.data.train.items():
+            if source.is_stream:
+                raise ValueError(
+                    f"data.train.{name}.shards: task 'language_modeling' reads indexed shards, whose sizes say how "
+                    "documents are cut; copy these to a local or mounted folder"
+                )
 
     def _check_expert_parallel(self) -> None:
         degree, model = self.expert_parallel, self.model

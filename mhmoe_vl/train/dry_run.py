@@ -53,9 +53,9 @@ def dry_run(config: RunConfig) -> str:
         lines.append(f"starts from {config.init_from}: {num_taken} of {len(task.state_dict())} tensors")
     for split, sources in (("train", config.data.train), ("validation", config.data.validation)):
         dataset = build_dataset(config, sources, training=split == "train")
-        if split == "train":
-            build_plan(config, dataset)
+        plan = build_plan(config, dataset) if split == "train" else None
         for name, size in dataset.num_items().items():
             dataset.batch(name, [])  # decodes one sample
-            lines.append(f"{split}.{name}: " + ("streamed" if size is None else f"{size:,} items"))
+            share = "" if plan is None else f", {plan.share(name):.1%} of each step"
+            lines.append(f"{split}.{name}: " + ("streamed" if size is None else f"{size:,} items") + share)
     return "\n".join(lines) + "\n"

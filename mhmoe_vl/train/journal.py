@@ -99,6 +99,9 @@ class Journal:
             "step_seconds": seconds / steps,
         }
         line = f"loss {values.get('loss', math.nan):.3f} {values['samples_per_second']:.0f} samples/s"
+        if "tokens_per_step" in values:
+            values["tokens_per_second"] = values["tokens_per_step"] / values["step_seconds"]
+            line += f" {values['tokens_per_second']:,.0f} tokens/s"
         if routing:
             values["max_violation"] = max(stats.max_violation for stats in routing.values())
             line += f" load max {1 + values['max_violation']:.1f}x mean"

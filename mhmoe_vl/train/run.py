@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World) -> None:
             transfer_weights(task, config.init_from)
     cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
     if world.is_main:
-        _announce(config, task, dataset, cost, world)
+        _announce(config, task, plan, cost, world)
     run = _Run(
         config=config,
         world=world,
@@ -256,7 +256,7 @@ def _checkpoints(config: RunConfig) -> Path:
     return Path(config.out) / run_directory.CHECKPOINTS
 
 
-def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: EncoderCost, world: World) -> None:
+def _announce(config: RunConfig, task: Task, plan: MixturePlan, cost: EncoderCost, world: World) -> None:
     model = config.model
     total = sum(parameter.numel() for parameter in task.parameters())
     logger.info(
@@ -273,12 +273,12 @@ def _announce(config: RunConfig, task: Task, dataset: ShardDataset, cost: Encode
             100 * shape.flops_mismatch, 100 * shape.params_mismatch,
         )  # fmt: skip
     logger.info("%s", describe_layout(config, world.world_size))
-    total_weight = sum(source.weight for source in config.data.train.values())
-    for name, size in dataset.num_items().items():
+    for name, size in plan.num_items.items():
         found = "streamed, not exactly resumable" if size is None else f"{size} items"
-        share = 100 * config.data.train[name].weight / total_weight
-        logger.info("source %s: %s, %.0f %% of each step", name, found, share)
+        logger.info("source %s: %s, %.1f %% of each step", name, found, 100 * plan.share(name))
 
 
 def _summary(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    """Of single sources only the perplexity of their language: ``metrics.jsonl`` has the rest."""
+    shown = {n: value for n, value in scores.items() if "/" not in n or n.endswith("/lm_perplexity")}
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())

@@ -34,6 +34,12 @@ class Figures:
         for name, stats in output.routing.items():
             self.routing[name] = self.routing[name] + stats if name in self.routing else stats
 
+    def merge(self, other: Figures) -> None:
+        """Add the sums and counts of ``other``."""
+        for own, more in ((self.sums, other.sums), (self.counts, other.counts)):
+            for name, value in more.items():
+                own[name] = own[name] + value if name in own else value
+
     def reduced(self) -> dict[str, float]:
         """Every figure over all ranks, in one reduction; the same on every rank. Collective."""
         names, share_names = sorted(self.sums), sorted(self.shares)

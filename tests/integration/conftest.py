@@ -52,3 +52,18 @@ def _pack(folder: Path, scenes: Path, split: str) -> None:
         ("nlvr2", pack_nlvr2, nlvr2),
     ):
         assert program.main([*arguments, "--out", str(folder / f"{name}-{split}")]) == 0  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def corpus(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two languages: short documents, and longer ones of which some are two segments."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["red", "green", "blue", "square", "circle", "left", "of", "the", "a", "is", "and", "large"]
+    for language, num, repeats in (("short", 30, 1), ("long", 6, 12)):
+        lines = [
+            " ".join(words[(7 * line + 5 * place + place * place) % 12] for place in range((4 + line % 9) * repeats))
+            for line in range(num)
+        ]
+        (folder / f"{language}.txt").write_text("\n".join(lines))
+        assert pack_text.main([str(folder / f"{language}.txt"), "--out", str(folder / language)]) == 0
+    return folder

@@ -78,6 +78,16 @@ def fine_tuning(shards: Path, out: Path, task: str, pretrained: Path) -> dict[st
     return tree
 
 
+def language_modeling(shards: Path, corpus: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Six documents of two languages a step, packed into rows of 16 tokens, in two micro-batches."""
+    tree = pretraining(shards, out, **changes)
+    tree["task"] = {"kind": "language_modeling", "segment_bytes": 512}
+    tree["model"] |= {"modalities": ["text"], "positions": "rotary", "ffn": "mhmoe"}
+    sources = {name: {"kind": "text", "shards": str(corpus / name)} for name in ("short", "long")}
+    tree["data"] |= {"train": sources, "validation": sources, "sampling_alpha": 0.5}
+    return tree
+
+
 def write_config(path: Path, tree: dict[str, Any]) -> str:
     path.write_text(yaml.safe_dump(tree))
     return str(path)
@@ -130,7 +140,7 @@ def final_weights(out: Path) -> dict[str, bytes]:
 
 def figures(out: Path) -> dict[int, dict[str, Any]]:
     """Everything that was logged per step, less what a clock says."""
-    timed = ("samples_per_second", "step_seconds")
+    timed = ("samples_per_second", "tokens_per_second", "step_seconds")
     return {
         record["step"]: {name: value for name, value in record.items() if name not in timed}
         for record in read_metrics(out, "train")

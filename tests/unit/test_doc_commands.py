@@ -23,8 +23,14 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "data_prep/*.md", "benchmarks/*.md", "mhmoe_vl/moe/*.md")
     for path in ROOT.glob(pattern)
 )
-SCRIPTS = [Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning")]
-WITH_COMMANDS = [Path("README.md"), Path("docs/real_data.md"), Path("data_prep/README.md"), *SCRIPTS]
+SCRIPTS = [Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning", "language")]
+WITH_COMMANDS = [
+    Path("README.md"),
+    Path("docs/real_data.md"),
+    Path("docs/language.md"),
+    Path("data_prep/README.md"),
+    *SCRIPTS,
+]
 
 # Bash expands loops, braces and variables; the programs write down how they were called.
 PRELUDE = """

@@ -17,6 +17,7 @@ from mhmoe_vl.data.prepare.packing import (
     NothingPackedError,
     Packing,
     PackingReport,
+    key_of,
     output_folder,
     pack,
     split_holdout,
@@ -63,7 +64,8 @@ def packing_parser(
             "--holdout",
             type=holdout_share,
             metavar="SHARE",
-            help="write this share of the samples, chosen by hash of the key, to a second data set OUT-val",
+            help="write this share of the samples, chosen by hash of the key (texts: of the text), to a second data "
+            "set OUT-val",
         )
     return parser
 
@@ -89,36 +91,42 @@ def holdout_directory(directory: Path) -> Path:
 
 
 def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], Iterable[Record | Skip]]) -> int:
-    """Pack what ``read()`` gives, with ``--holdout`` into two folders; print what happened.
-
-    ``read`` is called for each folder; if it gives a list, the progress bar knows its length.
+    """Pack what ``read()`` gives, as :func:`pack_parts`; print what happened.
 
     Raises:
         DataError: after all is written, if more than ``--max-skipped`` was unusable.
     """
-    holdout = getattr(args, "holdout", None)
+    return print_reports(pack_parts(packing, read, getattr(args, "holdout", None)), args.max_skipped)
+
+
+def pack_parts(
+    packing: Packing,
+    read: Callable[[], Iterable[Record | Skip]],
+    holdout: float | None,
+    *,
+    identity: Callable[[Record], str] = key_of,
+) -> list[PackingReport]:
+    """Pack what ``read()`` gives, with a ``holdout`` into two folders.
+
+    Args:
+        read: is called for each folder; if it gives a list, the progress bar knows its length.
+        identity: what decides by its hash which part a record belongs to.
+    """
     if holdout is None:
-        return _print_reports([pack(read(), packing)], args.max_skipped)
+        return [pack(read(), packing)]
 
     def records(*, held_out: bool) -> Iterable[Record | Skip]:
         source = read()
-        part = split_holdout(source, holdout, held_out=held_out)
+        part = split_holdout(source, holdout, held_out=held_out, identity=identity)
         return list(part) if isinstance(source, Sequence) else part
 
     def has_records(entries: Iterable[Record | Skip]) -> bool:
         return any(isinstance(entry, Record) for entry in entries)
 
-    settings = {**packing.settings, "holdout": holdout}
-    val = replace(
-        packing,
-        directory=holdout_directory(packing.directory),
-        name=f"{packing.name}-val",
-        settings={**settings, "part": "val"},
-    )
-    train = replace(packing, settings={**settings, "part": "train"})
+    train, val = parts_of(packing, holdout)
     for part in (train, val):
         output_folder(part)
-    reports = []
+    reports: list[PackingReport] = []
     # The small part first: if it turns out to be empty, nothing has been written.
     for part in (val, train):
         try:
@@ -133,7 +141,21 @@ def run_packing(args: argparse.Namespace, packing: Packing, read: Callable[[], I
             if part is train or not is_empty:
                 raise
             # There are no records at all: the train part, which has all the skips, will tell why.
-    return _print_reports(reports[::-1], args.max_skipped)
+    return reports[::-1]
+
+
+def parts_of(packing: Packing, holdout: float | None) -> list[Packing]:
+    """What is written where: all, or with a ``holdout`` the larger part and the smaller."""
+    if holdout is None:
+        return [packing]
+    settings = {**packing.settings, "holdout": holdout}
+    val = replace(
+        packing,
+        directory=holdout_directory(packing.directory),
+        name=f"{packing.name}-val",
+        settings={**settings, "part": "val"},
+    )
+    return [replace(packing, settings={**settings, "part": "train"}), val]
 
 
 def positive_int(text: str) -> int:
@@ -177,7 +199,12 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _print_reports(reports: Sequence[PackingReport], max_skipped: float) -> int:
+def print_reports(reports: Sequence[PackingReport], max_skipped: float) -> int:
+    """Counts, and reasons for what was left out.
+
+    Raises:
+        DataError: more than ``max_skipped`` of a source was unusable.
+    """
     console = Console()
     for report in reports:
         place = printable(str(report.directory))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.decode import decode_json
+from mhmoe_vl.data.prepare.text_files import open_text
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import DataError
 
@@ -80,20 +81,20 @@ def json_type(value: Any) -> str:
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Skip]:
     """Each line of a file of one JSON object per line, with its place ``name:line``; blank lines are passed over.
 
+    Args:
+        path: may be compressed, see :func:`open_text`.
+
     Raises:
-        DataError: absent or unreadable.
+        DataError: absent, unreadable or damaged.
     """
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path.name}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = decode_json(line)
-                except DataError as error:
-                    yield Skip(place, "bad_json", str(error))
-                else:
-                    yield place, row
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}") from None
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path.name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = decode_json(line)
+            except DataError as error:
+                yield Skip(place, "bad_json", str(error))
+            else:
+                yield place, row

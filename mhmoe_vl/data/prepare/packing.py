@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -39,6 +39,8 @@ class Packing:
         samples_per_shard: records planned for a shard; unusable ones leave it smaller.
         image_size: make images smaller, see :func:`mhmoe_vl.data.prepare.images.load_image`.
         limit: pack only so many records.
+        keys_ascend: the reader gives every record a larger key than the one before, so that keys need not be remembered
+            to find two that are the same: for more records than fit into memory.
         settings: what else decides the output, for the manifest; no path of this machine.
         facts: further entries of the manifest.
         files: further files of the folder, name -> content.
@@ -51,6 +53,7 @@ class Packing:
     samples_per_shard: int = 1000
     image_size: int | None = None
     limit: int | None = None
+    keys_ascend: bool = False
     num_workers: int = 1
     overwrite: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -137,16 +140,28 @@ def output_folder(packing: Packing) -> OutputFolder:
     return OutputFolder(packing.directory, _settings(packing), overwrite=packing.overwrite)
 
 
-def split_holdout(records: Iterable[Record | Skip], fraction: float, *, held_out: bool) -> Iterator[Record | Skip]:
+def key_of(record: Record) -> str:
+    """What tells records apart."""
+    return record.key
+
+
+def text_of(record: Record) -> str:
+    """What tells documents apart, wherever they stand."""
+    return record.text or ""
+
+
+def split_holdout(
+    records: Iterable[Record | Skip], fraction: float, *, held_out: bool, identity: Callable[[Record], str] = key_of
+) -> Iterator[Record | Skip]:
     """The held-out ``fraction`` of records, or the others with all skips.
 
-    The hash of its key decides where a record belongs, so that it stays there when the data set grows.
+    The hash of its ``identity`` decides where a record belongs, so that it stays there when the data set grows.
     """
     for record in records:
         if isinstance(record, Skip):
             if not held_out:
                 yield record
-        elif (int(hashlib.sha256(record.key.encode()).hexdigest()[:13], 16) / 16**13 < fraction) == held_out:
+        elif (int(hashlib.sha256(identity(record).encode()).hexdigest()[:13], 16) / 16**13 < fraction) == held_out:
             yield record
 
 
@@ -161,8 +176,9 @@ def _plan_shards(
     records: Iterable[Record | Skip], packing: Packing, folder: OutputFolder, skipped: list[Skip]
 ) -> Iterator[ShardJob]:
     keys: set[str] = set()
+    last_key = ""
     chunk: list[Record] = []
-    num_shards = 0
+    num_shards = num_records = 0
 
     def job() -> ShardJob:
         name = f"{packing.name}-{num_shards:05d}.tar"
@@ -176,9 +192,14 @@ def _plan_shards(
         if record.key in keys:
             skipped.append(Skip(record.key, "duplicate_key", "an earlier record has this key"))
             continue
-        if packing.limit is not None and len(keys) >= packing.limit:
+        if packing.limit is not None and num_records >= packing.limit:
             break
-        keys.add(record.key)
+        if packing.keys_ascend:
+            assert record.key > last_key, f"{record.key} follows {last_key}"
+            last_key = record.key
+        else:
+            keys.add(record.key)
+        num_records += 1
         chunk.append(record)
         if len(chunk) == packing.samples_per_shard:
             yield job()

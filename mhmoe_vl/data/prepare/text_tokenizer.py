@@ -111,6 +111,8 @@ def tokenizer_statistics(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenize
     Raises:
         DataError: no texts.
     """
+    # A text that spells out <unk>, as WikiText does, is known.
+    tokenizer.encode_special_tokens = True
     num_texts = num_tokens = num_unknown = 0
     for text in texts:
         tokens = tokenizer.encode(text, add_special_tokens=False).tokens

@@ -69,9 +69,13 @@ def test_fields_that_a_kind_lacks_are_none() -> None:
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest() -> None:
-    template = example(0, [1, 5, 2])
-    batch = collate([template], template, pad_id=PAD, problems=["p"])
-    moved = batch.to(torch.device("meta"))
-    assert (moved.sample_ids, moved.problems) == (("s0",), ("p",))
-    tensors = [getattr(moved, field.name) for field in fields(Batch) if field.name not in ("sample_ids", "problems")]
-    assert all(tensor.is_meta for tensor in tensors)
+    packed = Example("d", 0, text_ids=[1, 2], text_targets=[2, 3], row_length=4, num_bytes=3, num_characters=3)
+    names = set()
+    for template in (example(0, [1, 5, 2]), packed):
+        batch = collate([template], template, pad_id=PAD, problems=["p"])
+        moved = batch.to(torch.device("meta"))
+        assert (moved.sample_ids, moved.problems) == ((template.sample_id,), ("p",))
+        tensors = {f.name: getattr(moved, f.name) for f in fields(Batch) if isinstance(getattr(batch, f.name), Tensor)}
+        assert all(tensor.is_meta for tensor in tensors.values())
+        names |= set(tensors)
+    assert names == {field.name for field in fields(Batch)} - {"sample_ids", "problems"}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from data_prep import pack_nlvr2, pack_pairs, pack_text, pack_vqa
 from data_prep.train_text_tokenizer import main
 from mhmoe_vl.data.decode import clean_text
-from mhmoe_vl.data.prepare.corpus import iterate_texts
+from mhmoe_vl.data.prepare.corpus import iterate_texts, sample_by_temperature
 from mhmoe_vl.data.text import SPECIAL_TOKENS, TextTokenizer
 
 TEXTS = ["A man rides a brown horse.", "Two men ride two horses in Zürich.", "東京の馬"]
@@ -144,3 +144,25 @@ def test_what_cannot_be_learnt(
         main(["--out", "tokenizer.json", *options])
     assert message in capsys.readouterr().err
     assert not Path("tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(("alpha", "num_small"), [(1.0, 4), (0.5, 8), (0.0, 16)])
+def test_small_sources_count_for_more(tmp_path: Path, alpha: float, num_small: int) -> None:
+    """4 of 16 texts at alpha 0.5: 16 to 4 becomes 4 to 2, which is 16 to 8; all texts of a source equally often."""
+    for name, number in (("large", 16), ("small", 4)):
+        (tmp_path / name).write_text("\n".join(f"{name} {i}" for i in range(number)))
+    texts = list(sample_by_temperature([str(tmp_path / "large"), str(tmp_path / "small")], alpha, []))
+    assert texts[:16] == [f"large {i}" for i in range(16)]
+    assert texts[16:] == [f"small {i}" for i in range(4) for _ in range(num_small // 4)]
+
+
+def test_temperature_changes_what_is_learnt(tmp_path: Path) -> None:
+    """A word of the small source becomes one token, when it is counted as often as those of the large one."""
+    (tmp_path / "large.txt").write_text("\n".join(f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrst"))
+    (tmp_path / "small.txt").write_text("zyzyzyx\n" * 3)
+    sources, lengths = [str(tmp_path / "large.txt"), str(tmp_path / "small.txt")], []
+    for alpha in ("1", "0"):
+        out = tmp_path / f"{alpha}.json"
+        assert main([*sources, "--out", str(out), "--vocab-size", "275", "--sampling-alpha", alpha]) == 0
+        lengths.append(len(Tokenizer.from_file(str(out)).encode("zyzyzyx").ids))
+    assert lengths[1] == 1 < lengths[0]

@@ -13,17 +13,21 @@ TASKS: dict[str, dict[str, Any]] = {
     "vqa": {"kind": "vqa", "answers": "absent.json"},
     "nlvr2": {"kind": "nlvr2"},
     "captioning": {"kind": "captioning"},
+    "language_modeling": {"kind": "language_modeling"},
 }
 SOURCES = {
     "pretrain": ("image", "text", "pair"),
     "vqa": ("vqa",),
     "nlvr2": ("nlvr2",),
     "captioning": ("pair",),
+    "language_modeling": ("text",),
 }
 
 
 def make_run(task: str = "pretrain", *, model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
     """32 wide, two blocks (the second is sparse), 16 patches, 14 tokens of text, 12 samples a step."""
+    if task == "language_modeling":
+        model = {"modalities": ["text"]} | (model or {})
     tree = {
         "out": "unused",
         "task": TASKS[task],

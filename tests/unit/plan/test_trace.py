@@ -46,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("pretrain", {"ffn": "mhmoe", "drop_path": 0.1, "glu": True}, torch.float32),
     ("pretrain", {"ffn": "mhmoe", "vl_ffn_layers": 1, "shared_attention": True, "sub_ln": False}, torch.float32),
     ("pretrain", {"ffn": "mhmoe"}, torch.bfloat16),
+    ("language_modeling", {"ffn": "mhmoe", "positions": "rotary", "drop_path": 0.1}, torch.float32),
     *(
         ("pretrain", {"ffn": "mhmoe", "moe": {"num_experts": 4, "match": "none", "backend": backend}}, torch.float32)
         for backend in ("loop", "grouped_mm")

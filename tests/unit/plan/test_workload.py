@@ -29,6 +29,8 @@ def test_samples_by_hand() -> None:
     assert [samples[kind].num_masked_patches for kind in ("image", "text", "pair")] == [6, 0, 6]
     assert [samples[kind].num_masked_tokens for kind in ("image", "text", "pair")] == [0, 2, 6]
     assert samples_of(make_run("nlvr2"))["nlvr2"].num_tokens == 2 * 31
+    # All tokens of a packed row have a next one.
+    assert samples_of(make_run("language_modeling"))["text"].num_masked_tokens == 14
     # 0.7 of 13: the end token may be hidden too.
     assert samples_of(make_run("captioning"))["pair"].num_masked_tokens == 9
 

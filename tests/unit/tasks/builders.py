@@ -12,17 +12,20 @@ from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import MicroBatch, Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
+from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from tests.unit.models.builders import make_config, patch_masks, randomize, texts
 
-TASKS = ("pretrain", "vqa", "nlvr2", "captioning")
+TASKS = ("pretrain", "vqa", "nlvr2", "captioning", "language_modeling")
 NUM_ANSWERS = 7
 
 
 def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None = None, **changes: Any) -> Task:
     """A task whose every parameter is random; ``options`` are the task's, ``changes`` the model's."""
+    if kind == "language_modeling":
+        changes = {"modalities": ("text",)} | changes
     model, options = make_config(ffn, **changes), options or {}
     task: Task
     if kind == "pretrain":
@@ -32,6 +35,8 @@ def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None =
         task = VqaTask(model, VqaConfig(answers="unused", **options), NUM_ANSWERS)
     elif kind == "nlvr2":
         task = Nlvr2Task(model, Nlvr2Config(**options))
+    elif kind == "language_modeling":
+        task = LanguageModelingTask(model, LanguageModelingConfig(**options))
     else:
         task = CaptioningTask(model, CaptioningConfig(**options))
     randomize(task)
@@ -53,6 +58,19 @@ def make_batch(kind: str, num: int, *, seed: int = 0) -> Batch:
     valid = torch.arange(6).expand(num, -1) < lengths[:, None]
     ids = texts(num, 6, seed=seed)
     hidden = valid & (torch.rand(num, 6, generator=generator) < 0.5)
+    if kind == "language_modeling":
+        # Rows of two documents, the second of which begins at token 2 (or is not there).
+        return Batch(
+            sample_ids=tuple(f"{kind}-{number}" for number in range(num)),
+            seed=torch.arange(num),
+            text_ids=ids,
+            text_valid=valid,
+            text_targets=torch.where(valid, texts(num, 6, seed=seed + 1), -100),
+            text_positions=torch.where(valid, torch.tensor([0, 1, 0, 1, 2, 3]), 0),
+            text_seed=2 * torch.arange(num)[:, None] + torch.tensor([0, 0, 1, 1, 1, 1]),
+            num_bytes=torch.arange(10, 10 + num),
+            num_characters=torch.arange(7, 7 + num),
+        )
     everything = Batch(
         sample_ids=tuple(f"{kind}-{number}" for number in range(num)),
         seed=torch.arange(num),

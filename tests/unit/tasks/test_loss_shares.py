@@ -104,8 +104,11 @@ def test_every_parameter_that_matters_learns(kind: str) -> None:
     task = make_task(kind, moe={"experts": "shared"})
     found = run(task, [make_micro_batch(kind, 6)])[1]
     # Only pretraining hides patches, VQA reads the class token alone, and captioning the text alone.
-    unused = {"pretrain": [], "nlvr2": [], "vqa": ["norm.text"], "captioning": ["norm.vision"]}[kind]
+    unused = {"vqa": ["norm.text"], "captioning": ["norm.vision"]}.get(kind, [])
     expected = {f"encoder.{norm}.{name}" for norm in unused for name in ("weight", "bias")}
-    if kind != "pretrain":
+    if kind not in ("pretrain", "language_modeling"):
         expected.add("encoder.vision_embedding.mask_token")
+    if kind == "language_modeling":
+        # No row has positions above 3.
+        assert not found["encoder.text_embedding.positions"][:, 4:].any()
     assert {name for name, grad in found.items() if not grad.any()} == expected
