@@ -18,6 +18,9 @@ install: $(VENV)/.installed ## make .venv with everything in it
 quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report.html
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash quickstart.sh
 
+study-smoke: install ## a whole comparison of kinds in two minutes; its numbers mean nothing
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash study_smoke.sh
+
 test: install ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
@@ -33,6 +36,6 @@ bench: install ## time layers of all kinds, the expert layer against its floor, 
 	$(BIN)/python -m benchmarks.train
 
 clean: ## remove the environment, runs and sample data
-	rm -rf $(VENV) runs data/quickstart
+	rm -rf $(VENV) runs data/quickstart data/study-smoke
 
-.PHONY: help install quickstart test check bench clean
+.PHONY: help install quickstart study-smoke test check bench clean

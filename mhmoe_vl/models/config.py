@@ -22,6 +22,7 @@ class MoEConfig(Config):
         num_experts, top_k: E0 and k0 of the reference SMoE, whose experts are ``model.ffn_dim`` wide.
         num_heads: sub-tokens per token of ``mhmoe`` and ``mhmoe_head_parallel``.
         choices: k of these (per sub-token) and of ``fine_grained``.
+        num_head_layers, num_merge_layers: depth of the head and merge layers of multi-head kinds; 0 leaves them out.
         match: what is held equal to the reference: ``flops`` (and parameters), ``params``, or ``none``.
         every: every n-th block is sparse.
         experts: one pool per modality, or one pool shared by both.
@@ -37,6 +38,8 @@ class MoEConfig(Config):
     top_k: Positive = 1
     num_heads: Positive = 4
     choices: Positive = 1
+    num_head_layers: Annotated[int, Field(ge=0)] = 1
+    num_merge_layers: Annotated[int, Field(ge=0)] = 1
     match: Literal["flops", "params", "none"] = "flops"
     every: Positive = 2
     experts: Literal["per_modality", "shared"] = "per_modality"
@@ -151,6 +154,7 @@ class ModelConfig(Config):
             self.moe.match,
             self.glu,
             num_experts_multiple=self.moe.num_experts_multiple,
+            num_projections=self.moe.num_head_layers + self.moe.num_merge_layers,
         )
 
     @property

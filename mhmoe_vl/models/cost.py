@@ -80,4 +80,5 @@ def block_ffn_cost(config: ModelConfig, *, sparse: bool) -> FfnCost:
         shape.num_heads,
         router=config.router,
         glu=config.glu,
+        num_projections=config.moe.num_head_layers + config.moe.num_merge_layers,
     )

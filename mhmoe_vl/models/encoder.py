@@ -18,8 +18,10 @@ from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.drop_path import keep_factors
 from mhmoe_vl.models.embeddings import TextEmbedding, VisionEmbedding
 from mhmoe_vl.models.feed_forward import LayerRouting, MultiwayFeedForward
+from mhmoe_vl.models.initialization import draw_key, random_numbers_of
 from mhmoe_vl.models.streams import Multiway, Streams
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE
+from mhmoe_vl.moe.layer import linear_layers
 
 #: Who may look at whom. ``full``: everybody at everybody. ``captioning``: image tokens at image tokens, text tokens
 #: at the image and at text up to themselves (which is also causal language modeling when there is no image).
@@ -81,6 +83,7 @@ class MultiwayEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        key = draw_key()
         if "vision" in config.modalities:
             self.vision_embedding = VisionEmbedding(config.dim, config.image_size, config.patch_size)
         if "text" in config.modalities:
@@ -92,22 +95,32 @@ class MultiwayEncoder(nn.Module):
             )
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.depth))  # type: ignore[assignment]
         self.norm = Multiway(lambda: nn.LayerNorm(config.dim), config.modalities)
-        self.reset_parameters()
+        self.reset_parameters(key)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, key: int | None = None) -> None:
         """BEiT's scheme (arXiv 2106.08254): truncated normal 0.02 at width 768, here scaled with ``1 / sqrt(dim)`` so
         that narrow models start with the same activations; the outputs of block l divided by ``sqrt(2 l)``. Experts
-        and head and merge layers keep their own initialisation, which follows their own width."""
+        and head and merge layers keep their own initialisation, which follows their own width.
+
+        Args:
+            key: of :func:`~mhmoe_vl.models.initialization.draw_key`. Every part has random numbers of its own, so that
+                encoders of the same key are equal in all parts that they have in common.
+        """
+        key = draw_key() if key is None else key
         std = initial_std(self.config.dim)
         for name in ("vision_embedding", "text_embedding"):
             if hasattr(self, name):
-                getattr(self, name).reset_parameters(std)
+                with random_numbers_of(key, name):
+                    getattr(self, name).reset_parameters(std)
         for layer, block in enumerate(self.blocks):
-            for module in (block.attention, *(f for f in block.ffn.pools.values() if isinstance(f, FeedForward))):
-                for linear in module.modules():
-                    if isinstance(linear, nn.Linear):
-                        nn.init.trunc_normal_(linear.weight, std=std)
-                        nn.init.zeros_(linear.bias)
+            with random_numbers_of(key, f"block{layer}/attention"):
+                _reset_linear_layers(block.attention, std)
+            for pool, ffn in block.ffn.pools.items():
+                with random_numbers_of(key, f"block{layer}/{pool}"):
+                    if isinstance(ffn, FeedForward):
+                        _reset_linear_layers(ffn, std)
+                    else:
+                        ffn.reset_parameters()  # type: ignore[operator]
             with torch.no_grad():
                 for output_weight in _output_weights(block):
                     output_weight /= math.sqrt(2 * (layer + 1))
@@ -223,6 +236,13 @@ def same_text(positions_BL: Tensor) -> Tensor:
     return number_BL[:, :, None] == number_BL[:, None, :]
 
 
+def _reset_linear_layers(module: nn.Module, std: float) -> None:
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+
 def initial_std(dim: int) -> float:
     """Standard deviation of new weights: BEiT's 0.02 at width 768, the same activations at other widths."""
     return 0.02 * math.sqrt(768 / dim)
@@ -235,7 +255,8 @@ def _output_weights(block: Block) -> list[Tensor]:
     ]
     for ffn in block.ffn.pools.values():
         if isinstance(ffn, MultiHeadMoE):
-            weights.append(ffn.merge.weight)
+            merge = linear_layers(ffn.merge)
+            weights.append(merge[-1].weight if merge else ffn.moe.experts.w2_EFD)
         elif isinstance(ffn, MoE):
             weights.append(ffn.experts.w2_EFD)
         elif isinstance(ffn, FeedForward):

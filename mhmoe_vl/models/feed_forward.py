@@ -71,7 +71,8 @@ def build_feed_forward(config: ModelConfig, *, sparse: bool) -> nn.Module:
     if config.ffn in MULTI_HEAD_KINDS:
         pools = "per_head" if config.ffn == "mhmoe_head_parallel" else "shared"
         sizes = (config.dim, shape.ffn_dim, shape.num_experts, shape.num_heads)
-        return MultiHeadMoE(*sizes, pools=pools, **arguments)  # type: ignore[arg-type]
+        depths = {"num_head_layers": moe.num_head_layers, "num_merge_layers": moe.num_merge_layers}
+        return MultiHeadMoE(*sizes, pools=pools, **depths, **arguments)  # type: ignore[arg-type]
     return MoE(config.dim, shape.ffn_dim, shape.num_experts, **arguments)  # type: ignore[arg-type]
 
 

@@ -52,6 +52,7 @@ def ffn_cost(
     glu: bool = False,
     bias: bool = True,
     sub_ln: bool = False,
+    num_projections: int = 2,
 ) -> FfnCost:
     """Cost of a layer of ``kind`` (``dense smoe xmoe fine_grained mhmoe mhmoe_head_parallel``).
 
@@ -59,6 +60,7 @@ def ffn_cost(
         num_experts: of all heads together.
         router: ``linear`` or ``cosine``; by default what the kind means (cosine for ``xmoe``).
         sub_ln: the dense layer normalises its hidden activation.
+        num_projections: linear layers of width d around the experts of multi-head kinds, head and merge together.
 
     Raises:
         ValueError: unknown kind or router, a size that is not positive, heads that do not divide the width, or more
@@ -82,9 +84,10 @@ def ffn_cost(
         router_dim = cosine_router_dim(num_experts)
         router_params = (width + num_experts) * router_dim + 1
         router_flops = 2 * (width + num_experts) * router_dim
-    other_params = router_params + (2 * (dim * dim + dim) if kind in MULTI_HEAD_KINDS else 0)
+    num_projections = num_projections if kind in MULTI_HEAD_KINDS else 0
+    other_params = router_params + num_projections * (dim * dim + dim)
     flops = num_heads * (router_flops + top_k * 2 * num_matrices * width * ffn_dim)
-    flops += 4 * dim * dim if kind in MULTI_HEAD_KINDS else 0
+    flops += num_projections * 2 * dim * dim
     return FfnCost(
         num_params=other_params + num_experts * expert_params,
         num_active_params=other_params + min(num_experts, num_heads * top_k) * expert_params,

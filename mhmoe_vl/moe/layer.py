@@ -116,6 +116,8 @@ class MultiHeadMoE(nn.Module):
         num_heads: sub-tokens per token; unrelated to attention heads.
         pools: ``shared``, or ``per_head``: each head has a linear router and ``num_experts / num_heads`` experts of its
             own (Multi-Head LatentMoE, arXiv 2602.04870), so that heads can be spread over ranks before they are routed.
+        num_head_layers, num_merge_layers: depth of the head and merge layers, with ReLU between linear layers
+            (arXiv 2404.15045, section 5); 0 is the identity.
         Other arguments as for :class:`MoE`.
 
     Attributes:
@@ -132,6 +134,8 @@ class MultiHeadMoE(nn.Module):
         top_k: int = 1,
         *,
         pools: str = "shared",
+        num_head_layers: int = 1,
+        num_merge_layers: int = 1,
         router: str = "linear",
         gate: str = "softmax",
         renormalize: bool = False,
@@ -152,7 +156,7 @@ class MultiHeadMoE(nn.Module):
         self.num_heads = num_heads
         self.pools = pools
         self.exchange_heads: Callable[[MoE, Tensor, Tensor | None], tuple[Tensor, Routing]] | None = None
-        self.head = nn.Linear(dim, dim)
+        self.head = _projection(dim, num_head_layers)
         width = dim // num_heads
         self.moe = MoE(
             width,
@@ -170,16 +174,19 @@ class MultiHeadMoE(nn.Module):
             bias=bias,
             backend=backend,
         )
-        self.merge = nn.Linear(dim, dim)
-        self.reset_parameters()
+        self.merge = _projection(dim, num_merge_layers)
+        self._reset_projections()  # experts and router have reset themselves
 
     def reset_parameters(self) -> None:
         """Xavier-uniform head (gain 1/sqrt(2)) and merge layers, biases zero (arXiv 2404.15045, appendix)."""
-        nn.init.xavier_uniform_(self.head.weight, gain=2**-0.5)
-        nn.init.xavier_uniform_(self.merge.weight)
-        nn.init.zeros_(self.head.bias)
-        nn.init.zeros_(self.merge.bias)
+        self._reset_projections()
         self.moe.reset_parameters()
+
+    def _reset_projections(self) -> None:
+        for projection, gain in ((self.head, 2**-0.5), (self.merge, 1.0)):
+            for linear in linear_layers(projection):
+                nn.init.xavier_uniform_(linear.weight, gain=gain)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
         """As :meth:`MoE.forward`; the routing has ``num_heads`` rows per token, neighbours in memory."""
@@ -195,6 +202,22 @@ class MultiHeadMoE(nn.Module):
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """Which backend tokens on ``device`` of ``dtype`` take, and why."""
         return self.moe.explain(device, dtype)
+
+
+def linear_layers(projection: nn.Module) -> list[nn.Linear]:
+    """Of a head or merge layer, in the order of computation; none if it is the identity."""
+    return [module for module in projection.modules() if isinstance(module, nn.Linear)]
+
+
+def _projection(dim: int, num_layers: int) -> nn.Module:
+    if num_layers < 0:
+        raise ValueError(f"num_head_layers and num_merge_layers must be 0 or more, got {num_layers}")
+    if num_layers < 2:
+        return nn.Linear(dim, dim) if num_layers else nn.Identity()
+    layers: list[nn.Module] = [nn.Linear(dim, dim)]
+    for _ in range(num_layers - 1):
+        layers += [nn.ReLU(), nn.Linear(dim, dim)]
+    return nn.Sequential(*layers)
 
 
 def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:

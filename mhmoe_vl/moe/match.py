@@ -6,7 +6,8 @@ k choices per sub-token then gets, following arXiv 2411.16205 (equations 8 and 9
     two-matrix experts   k f = k0 f0 - d         E = h (E0 f0 - d) / f
     GLU experts          k f = k0 f0 - 2d/3      E = h (3 E0 f0 - 2d) / (3 f)
 
-which pays for the head and merge layers in both FLOPs and parameters. Heads with experts of their own
+which pays for the head and merge layers in both FLOPs and parameters; with n linear layers there instead of two, d is
+replaced by n d / 2. Heads with experts of their own
 (``mhmoe_head_parallel``) cost the same but for a router that sees its head's alone; E is then a multiple of h.
 """
 
@@ -73,6 +74,7 @@ def match_ffn(
     glu: bool = False,
     *,
     num_experts_multiple: int = 1,
+    num_projections: int = 2,
 ) -> FfnShape:
     """Sizes of a layer of ``kind`` that costs what the reference SMoE layer costs.
 
@@ -88,6 +90,8 @@ def match_ffn(
             expert FLOPs; ``none`` takes the reference sizes as they are.
         glu: experts with three matrices.
         num_experts_multiple: round the number of experts to a multiple of this (the expert-parallel degree).
+
+        num_projections: linear layers in head and merge layers together.
 
     A dense layer can match FLOPs only; it gets the width of the reference's active experts, k0 f0.
 
@@ -120,7 +124,7 @@ def match_ffn(
         if top_k > num_experts // num_pools:
             of_what = "num_experts" if num_pools == 1 else "the experts of a head"
             raise ValueError(f"top_k={top_k} must be at most {of_what}={num_experts // num_pools}")
-        cost = ffn_cost(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu)
+        cost = ffn_cost(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu, num_projections=num_projections)
         return FfnShape(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu, cost, reference)
 
     if kind == "dense":
@@ -134,9 +138,9 @@ def match_ffn(
         return shape(reference_ffn_dim, reference_num_experts, top_k, heads)
     if kind in MULTI_HEAD_KINDS and match == "params":
         # The first paper's width is for f0 = 4d; written with f0 it holds for any reference.
-        width = num_heads * reference_ffn_dim * (1 - 1 / (4 * reference_num_experts))
+        width = num_heads * reference_ffn_dim * (1 - num_projections / (8 * reference_num_experts))
         return shape(_round_to(width, 8), reference_num_experts, top_k, num_heads)
-    overhead = 0.0 if kind == "fine_grained" else dim * (2 / 3 if glu else 1.0)
+    overhead = 0.0 if kind == "fine_grained" else num_projections / 2 * dim * (2 / 3 if glu else 1.0)
     width = (reference_top_k * reference_ffn_dim - overhead) / top_k
     if width < 8:
         raise ValueError(

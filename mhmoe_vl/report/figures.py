@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -22,7 +23,7 @@ from mhmoe_vl.evaluation.score_card import ScoreCard
 Points = Sequence[tuple[float, float]]
 
 _INK, _GRID, _BASELINE = "#010101", "#020202", "#030303"
-_SERIES = ("#040401", "#040402", "#040403", "#040404")
+_SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
 _THEME = {_INK: "currentColor", _GRID: "var(--line)", _BASELINE: "var(--baseline)"} | {
     stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_SERIES, start=1)
 }
@@ -91,9 +92,7 @@ def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = 
             marker = "o" if len(points) <= 12 else None
             axes.plot(steps, values, label=label, color=_SERIES[number % len(_SERIES)], marker=marker, markersize=3.5)
         if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            _log_values(axes)
         if from_zero:
             # A margin of the whole axis: Matplotlib's, of the range of values, would cut the highest one in half.
             axes.set_ylim(0, 1.06 * axes.dataLim.y1)
@@ -102,6 +101,41 @@ def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = 
         _label_steps(axes, ylabel)
 
     return _draw(draw, size=_PANEL, name=name)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A line with the range that it was drawn from: ``low <= y <= high`` at every ``x``."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def bands(series: Mapping[str, Band], *, xlabel: str, ylabel: str, name: str, log: bool = False) -> str:
+    """Lines with the range of the runs behind each of them; behind the last colour they are dashed.
+
+    Args:
+        log: logarithmic values.
+    """
+
+    def draw(axes: Axes) -> None:
+        for number, (label, band) in enumerate(series.items()):
+            color = _SERIES[number % len(_SERIES)]
+            dashes = "-" if number < len(_SERIES) else "--"
+            marker = "o" if len(band.x) <= 12 else None
+            axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(band.x, band.y, dashes, label=label, color=color, marker=marker, markersize=2.5)
+        if log:
+            _log_values(axes)
+        _legend_above(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+
+    num_rows = -(-len(series) // 2)
+    return _draw(draw, size=(_PANEL[0], _PANEL[1] + 0.17 * num_rows), name=name)
 
 
 def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str) -> str:
@@ -167,6 +201,12 @@ def _write_numbers(axes: Axes, grid: Sequence[Sequence[float]], norm: TwoSlopeNo
                 red, green, blue, _ = _LOAD_COLORS(float(norm(value)))
                 color = "#1c1c1c" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
                 axes.text(column + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", color=color, fontsize=7.5)
+
+
+def _log_values(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _legend_above(axes: Axes) -> None:

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 import mhmoe_vl
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
@@ -18,6 +15,7 @@ from mhmoe_vl.report.figures import score_bars
 from mhmoe_vl.report.masked import MaskedSample, masked_samples
 from mhmoe_vl.report.progress import expert_use, progress
 from mhmoe_vl.report.samples import PREDICTIONS, caption_samples, evaluated_shards, nlvr2_samples, vqa_samples
+from mhmoe_vl.report.template import page_environment
 from mhmoe_vl.train import run_directory
 
 logger = logging.getLogger(__name__)
@@ -34,7 +32,6 @@ _SAMPLES_OF: dict[str, Callable[..., list[Any]]] = {
     "nlvr2": nlvr2_samples,
     "captioning": caption_samples,
 }
-_UNKNOWN = "n/a"
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,16 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
         "notes": notes,
     }
     return (
-        _environment()
+        page_environment()
         .get_template("report.html.jinja")
-        .render(sections, runs=runs, options=options, task_names=TASK_NAMES, version=mhmoe_vl.__version__)
+        .render(
+            sections,
+            title=options.title,
+            runs=runs,
+            options=options,
+            task_names=TASK_NAMES,
+            version=mhmoe_vl.__version__,
+        )
     )
 
 
@@ -125,37 +129,3 @@ def _left_out(task: str, error: DataError) -> str:
     note = f"{TASK_NAMES[task]}: no samples: {error}"
     logger.warning("%s", note)
     return note
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mhmoe_vl.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "svg": Markup,
-        "number": _number,
-        "count": _count,
-        "percent": _percent,
-        "duration": _duration,
-    }
-    return environment
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return _UNKNOWN if value is None else f"{value:,.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return _UNKNOWN if value is None else f"{value:,}"
-
-
-def _duration(seconds: float | None) -> str:
-    return _UNKNOWN if seconds is None else f"{seconds / 60:,.1f} min"
-
-
-def _percent(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{value:.1%}"

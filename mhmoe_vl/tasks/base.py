@@ -19,6 +19,7 @@ from mhmoe_vl.distributed.collectives import all_reduce_sum
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.encoder import MultiwayEncoder
 from mhmoe_vl.models.feed_forward import LayerRouting
+from mhmoe_vl.models.initialization import draw_key, random_numbers_of
 from mhmoe_vl.moe import MoE, MultiHeadMoE, Routing, RoutingStats, balance_loss, routing_stats, z_loss
 from mhmoe_vl.moe.losses import expert_load
 
@@ -61,7 +62,9 @@ class Task(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = MultiwayEncoder(config)
+        # The random numbers of the heads do not depend on how many the encoder takes.
+        with random_numbers_of(draw_key(), "encoder"):
+            self.encoder = MultiwayEncoder(config)
 
     @abstractmethod
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:

@@ -77,7 +77,7 @@ def record_start(config: RunConfig, *, first_step: int, world_size: int, cost: d
         if first_step >= config.max_steps:
             return
         before = _read_environment(directory)
-        changes = _setting_changes(config, load_config(RunConfig, directory / CONFIG))
+        changes = setting_changes(config, load_config(RunConfig, directory / CONFIG))
         start["changed"] = {key: {"was": was, "is": now} for key, (was, now) in changes.items()}
         start["earlier"] = [*before.pop("earlier", []), before] if before else []
     write_atomically(directory / COST, _pretty(cost))
@@ -203,7 +203,7 @@ _PLACES = ("out", "data.text_tokenizer", "task.answers", "task.visual_codebook")
 
 
 def _require_same_run(new: RunConfig, old: RunConfig) -> None:
-    changes = _setting_changes(new, old)
+    changes = setting_changes(new, old)
     refused = {key: change for key, change in changes.items() if not _matches(key, (*_FREE, *_FREE_WITH_WARNING))}
     if refused:
         raise OutputError(
@@ -214,7 +214,8 @@ def _require_same_run(new: RunConfig, old: RunConfig) -> None:
         logger.warning("%s: goes on with other settings: %s", new.out, describe_changes(warned))
 
 
-def _setting_changes(new: RunConfig, old: RunConfig) -> dict[str, tuple[Any, Any]]:
+def setting_changes(new: RunConfig, old: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of two runs that differ, wherever the runs are: dotted key -> value in ``old`` and in ``new``."""
     changes = differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
     return {key: change for key, change in changes.items() if not _matches(key, _PLACES)}
 

@@ -212,3 +212,17 @@ def test_heads_with_experts_of_their_own_are_matched_too(num_heads: int, top_k: 
     shape = match_ffn("mhmoe_head_parallel", 768, 3072, 16, 1, num_heads, top_k, num_experts_multiple=4)
     assert shape.is_matched
     assert shape.num_experts % num_heads == shape.num_experts % 4 == 0
+
+
+def test_layers_that_are_left_out_are_paid_back_in_experts() -> None:
+    """Without head and merge layers there is nothing to pay for: k f = k0 f0 and E = h E0 f0 / f."""
+    shape = match_ffn("mhmoe", 768, 3072, 8, 1, 2, num_projections=0)
+    assert (shape.ffn_dim, shape.num_experts) == (3072, 16)
+    assert shape.is_matched
+    one_head = match_ffn("mhmoe", 768, 3072, 8, 1, 1, num_projections=0)
+    assert (one_head.ffn_dim, one_head.num_experts) == (3072, 8)
+    assert one_head.flops_mismatch == one_head.params_mismatch == 0
+    # Three layers cost half as much again as two: f0 - 1.5 d.
+    assert match_ffn("mhmoe", 768, 3072, 8, 1, 2, num_projections=3).ffn_dim == 1920
+    without = match_ffn("mhmoe", 768, 3072, 8, 1, 4, match="params", num_projections=0)
+    assert without.ffn_dim == 4 * 3072

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhmoe_vl.moe
-from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, balance_loss
+from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, balance_loss, count_flops, ffn_cost
 from tests.unit.moe.builders import build, gradients, random
 
 EXPERT_KEYS = {"experts.w1_EDF", "experts.b1_EF", "experts.w2_EFD", "experts.b2_ED"}
@@ -138,3 +139,40 @@ def test_the_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     cosine = MultiHeadMoE(16, 24, 4, 2, router="cosine")
     per_head = MultiHeadMoE(16, 24, 4, 2, pools="per_head")
     assert set(layer.state_dict()) | set(cosine.state_dict()) | set(per_head.state_dict()) == listed
+
+
+@pytest.mark.parametrize(("num_head_layers", "num_merge_layers"), [(0, 0), (1, 0), (0, 1), (3, 2)])
+def test_head_and_merge_layers_of_any_depth(num_head_layers: int, num_merge_layers: int) -> None:
+    """Against the same products written out, with ReLU between them and none behind."""
+    layer = MultiHeadMoE(
+        8, 12, 4, 2, num_head_layers=num_head_layers, num_merge_layers=num_merge_layers, backend="loop"
+    ).double()
+    x = random(2, 5, 8, seed=1)
+
+    def through(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        linears = [module for module in projection.modules() if isinstance(module, nn.Linear)]
+        for number, linear in enumerate(linears):
+            hidden = (hidden.clamp_min(0) if number else hidden) @ linear.weight.T + linear.bias
+        return hidden
+
+    sub_ND, _ = layer.moe(through(layer.head, x).reshape(-1, 4))
+    y, _ = layer(x)
+    torch.testing.assert_close(y, through(layer.merge, sub_ND.reshape(x.shape)))
+    expected = ffn_cost("mhmoe", 8, 12, 4, 1, 2, num_projections=num_head_layers + num_merge_layers)
+    assert sum(p.numel() for p in layer.parameters()) == expected.num_params
+    layer.float()
+    assert count_flops(lambda: layer(x.float())) == 10 * expected.flops_per_token
+
+
+def test_one_head_without_layers_is_the_moe_layer() -> None:
+    torch.manual_seed(0)
+    plain = MoE(8, 12, 4)
+    torch.manual_seed(0)
+    wrapped = MultiHeadMoE(8, 12, 4, 1, num_head_layers=0, num_merge_layers=0)
+    x = random(2, 5, 8, seed=1, dtype=torch.float32)
+    assert torch.equal(wrapped(x)[0], plain(x)[0])
+
+
+def test_depth_of_a_head_layer_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="must be 0 or more, got -1"):
+        MultiHeadMoE(8, 12, 4, 2, num_head_layers=-1)

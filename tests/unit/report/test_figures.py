@@ -6,10 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mhmoe_vl.report.figures import curves, load_heat_map, modality_of, pool_curves, score_bars
+from mhmoe_vl.report.figures import Band, bands, curves, load_heat_map, modality_of, pool_curves, score_bars
 from tests.unit.report.runs import CARD
 
 LOAD = {"block1/vision": [0.25, 0.5, 0.0, 0.25], "block1/text": [0.25, 0.25, 0.25, 0.25]}
+
+BAND = Band(x=[1e9, 2e9], y=[20.0, 10.0], low=[19.0, 9.5], high=[22.0, 11.0])
 
 
 def figures() -> dict[str, str]:
@@ -19,6 +21,7 @@ def figures() -> dict[str, str]:
         "log": curves({"a": [(1, 90.0), (2, 5.0)]}, ylabel="perplexity", log=True, name="two"),
         "pools": pool_curves({"block1/vision": [(1, 0), (2, 3)], "block1/text": [(1, 1)]}, ylabel="dead", name="three"),
         "heat": load_heat_map(LOAD, name="four"),
+        "bands": bands({"arm": BAND, "other": BAND}, xlabel="FLOPs", ylabel="perplexity", name="five", log=True),
     }
 
 

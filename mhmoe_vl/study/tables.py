@@ -1,0 +1,203 @@
+"""The results as tables: rows of text, which Markdown and the page lay out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mhmoe_vl.study.results import Comparison, Outcome, Results
+from mhmoe_vl.study.statistics import Summary, rounded, signed
+
+UNKNOWN = "n/a"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a head; the first column is left-aligned."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Table:
+    """Mean and standard error of every arm, beside what the arm costs.
+
+    Args:
+        with_speed: tokens per second too, which are not the same each time.
+    """
+    speeds = {timing.arm: timing.tokens_per_second for timing in results.timings if timing.task == outcome.task}
+    has_perplexity = any(result.perplexity for result in outcome.arms)
+    head = ["arm", "seeds", outcome.unit or outcome.name, *(["perplexity"] if has_perplexity else []), "sd of one run"]
+    head += ["parameters", "FLOPs / token", "assignments / token", *(["tokens / s"] if with_speed else [])]
+    rows = []
+    for result in outcome.arms:
+        seeds = str(len(result.values)) + (f", {len(result.diverged)} diverged" if result.diverged else "")
+        sd = result.summary.sd if result.summary else None
+        row = [result.arm, seeds, mean_and_error(result.summary)]
+        row += [mean_and_error(result.perplexity)] if has_perplexity else []
+        row.append(UNKNOWN if sd is None else f"{sd:.2g}")
+        cost = results.costs[outcome.task][result.arm]
+        row += [f"{n:,}" for n in (cost.num_params, cost.flops_per_token, cost.num_assignments_per_token)]
+        speed = speeds.get(result.arm)
+        row += [UNKNOWN if speed is None else f"{speed:,.0f}"] if with_speed else []
+        rows.append(tuple(row))
+    return Table(tuple(head), rows)
+
+
+def comparison_table(outcome: Outcome, *, confidence: float) -> Table:
+    """Paired differences with their intervals."""
+    head = ("comparison", "pairs", "difference", f"{confidence:.0%} interval", "p", "p, Holm", "verdict")
+    return Table(head, [_comparison_row(comparison) for comparison in outcome.comparisons])
+
+
+def _comparison_row(comparison: Comparison) -> tuple[str, ...]:
+    name, difference = f"{comparison.arm} - {comparison.reference}", comparison.difference
+    if difference is None:
+        return (name, "0", UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, comparison.verdict)
+    mean = signed(difference.mean, difference.margin) if difference.margin else signed(difference.mean)
+    if difference.interval is None or difference.margin is None:
+        interval = UNKNOWN
+    elif difference.is_identical:
+        mean, interval = "0", "0 to 0"
+    else:
+        low, high = (signed(end, difference.margin) for end in difference.interval)
+        interval = f"{low} to {high}"
+    p_values = (p_value(difference.p), p_value(comparison.adjusted_p))
+    return (name, str(difference.n), mean, interval, *p_values, comparison.verdict)
+
+
+def cost_table(results: Results, task: str) -> Table:
+    """Parameters and FLOPs of every arm, and how far they are from those of the arm's reference."""
+    by_arm = {mismatch.arm: mismatch for mismatch in results.mismatches if mismatch.task == task}
+    head = (
+        "arm", "sparse blocks", "parameters", "active", "FLOPs / token", "assignments / token", "against", "Δ FLOPs",
+        "Δ active", "Δ parameters",
+    )  # fmt: skip
+    rows = []
+    for arm, cost in results.costs[task].items():
+        mismatch = by_arm.get(arm)
+        against = ("", "", "", "")
+        if mismatch is not None:
+            shares = (mismatch.flops, mismatch.active_params, mismatch.params)
+            asserted = ("flops" in mismatch.demanded, "flops" in mismatch.demanded, "params" in mismatch.demanded)
+            marked = (f"{share:+.2%}" + ("" if has else "*") for share, has in zip(shares, asserted, strict=True))
+            against = (mismatch.reference, *marked)  # type: ignore[assignment]
+        numbers = (cost.num_params, cost.num_active_params, cost.flops_per_token, cost.num_assignments_per_token)
+        rows.append((arm, cost.layer, *(f"{number:,}" for number in numbers), *against))
+    return Table(head, rows)
+
+
+def sweep_table(results: Results, task: str) -> Table:
+    """What the learning-rate sweep found."""
+    factors = results.plan.config.learning_rates.factors
+    rows = []
+    for sweep in (sweep for sweep in results.sweeps if sweep.task == task):
+        losses = []
+        for factor in factors:
+            loss = sweep.losses.get(factor)
+            text = UNKNOWN if factor not in sweep.losses else "diverged" if loss is None else f"{loss:.4f}"
+            losses.append(f"**{text}**" if factor == sweep.chosen else text)
+        rate = UNKNOWN if sweep.learning_rate is None else f"{sweep.learning_rate:g}"
+        rows.append((sweep.arm, *losses, rate, "at the edge" if sweep.is_at_edge else ""))
+    return Table(("arm", *(f"x{factor:g}" for factor in factors), "chosen", ""), rows)
+
+
+def timing_table(results: Results, task: str) -> Table:
+    """Medians over seeds of what a clock said."""
+    rows = []
+    for timing in (timing for timing in results.timings if timing.task == task):
+        speed = UNKNOWN if timing.tokens_per_second is None else f"{timing.tokens_per_second:,.0f}"
+        seconds = UNKNOWN if timing.train_seconds is None else f"{timing.train_seconds:,.1f}"
+        rows.append((timing.arm, speed, seconds, "; ".join(timing.trained_on) or UNKNOWN))
+    return Table(("arm", "tokens / s", "seconds of training", "on"), rows)
+
+
+def noise_sentence(outcome: Outcome, *, confidence: float) -> str:
+    """How large a difference has to be."""
+    noise = outcome.noise
+    if noise is None:
+        return "One seed per arm: the noise between seeds is not known."
+    return (
+        f"Noise floor: runs that differ in their seed alone lie {noise.sd:.2g} apart (standard deviation, "
+        f"{noise.degrees} degrees of freedom); unpaired means would have to differ by {noise.detectable:.2g} to be "
+        f"told apart at {confidence:.0%}."
+    )
+
+
+def method_sentences(results: Results) -> list[str]:
+    """How the numbers were made, for the reader of the tables."""
+    config = results.plan.config
+    sentences = [
+        f"Seeds {', '.join(map(str, config.seeds))}. In a seed every arm sees the same samples in the same order, and "
+        "starts from the same weights where it has the same parts; arms with another seed_offset do not.",
+        "Values are those of the last validation: mean ± standard error over seeds. Differences are paired by seed; "
+        f"± is half of Student's {config.confidence:.0%} interval of their mean, which is not corrected for the number "
+        "of comparisons.",
+        f"Verdicts are: {results.num_comparisons} comparisons are tested together by Holm's method, so that at most "
+        f"{1 - config.confidence:.0%} of such studies find any difference where there is none.",
+    ]
+    factors = config.learning_rates.factors
+    if results.plan.is_swept:
+        tried = ", ".join(f"x{factor:g}" for factor in factors)
+        sentences.append(
+            f"Learning rates: {tried} of the task's own were tried for every arm on seed "
+            f"{config.learning_rates.seed}, and the one with the lowest validation loss was taken. "
+            "Fine-tunings are not swept."
+        )
+    else:
+        sentences.append(f"Learning rates were not swept: every arm has x{factors[0]:g} of the task's own.")
+    demanded = " and ".join({"flops": "FLOPs per token and active parameters", "params": "all parameters"}[p]
+                            for p in config.demanded_parity)  # fmt: skip
+    sentences.append(
+        f"Cost: match={config.match}; {demanded or 'nothing'} must agree to 2 % in whole percent between arms that are "
+        "compared; what is marked * need not. FLOPs are those of the matrix products of the encoder's blocks."
+    )
+    return sentences
+
+
+def markdown(results: Results) -> str:
+    """All that is the same whenever the study is run: everything but times."""
+    config = results.plan.config
+    lines = [f"# {config.title}", ""]
+    if not results.is_complete:
+        lines += [f"Unfinished: {results.num_finished} of {len(results.plan.cells)} runs.", ""]
+    for task in config.tasks:
+        lines += [f"## {task}", ""]
+        for outcome in (outcome for outcome in results.outcomes if outcome.task == task):
+            lines += [f"### {outcome.name}", "", *_markdown(outcome_table(results, outcome, with_speed=False)), ""]
+            lines += [*_markdown(comparison_table(outcome, confidence=config.confidence)), ""]
+            lines += [noise_sentence(outcome, confidence=config.confidence), ""]
+        lines += ["### Cost", "", *_markdown(cost_table(results, task)), ""]
+        if results.plan.is_swept:
+            lines += ["### Learning rates", "", *_markdown(sweep_table(results, task)), ""]
+    return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in method_sentences(results)), ""])
+
+
+def timing_markdown(results: Results) -> str:
+    """Times, which no two runs of a study have in common."""
+    lines = [f"# {results.plan.config.title}: times", ""]
+    lines += ["Comparable only between runs on one quiet machine with one worker.", ""]
+    for task in results.plan.config.tasks:
+        lines += [f"## {task}", "", *_markdown(timing_table(results, task)), ""]
+    return "\n".join(lines)
+
+
+def mean_and_error(summary: Summary | None) -> str:
+    if summary is None:
+        return UNKNOWN
+    error = summary.standard_error
+    if error is None:
+        return f"{summary.mean:.4g}"
+    return f"{rounded(summary.mean, error)} ± {rounded(error, error)}"
+
+
+def p_value(p: float | None) -> str:
+    return UNKNOWN if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _markdown(table: Table) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    aligned = ["---", *["---:"] * (len(table.head) - 1)]
+    return [line(table.head), "|" + "|".join(aligned) + "|", *map(line, table.rows)]

@@ -1,0 +1,97 @@
+"""What a study is made of, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhmoe_vl.config import load_config, validate_config
+from mhmoe_vl.errors import ConfigError
+from mhmoe_vl.study.cells import Cell, Plan
+from mhmoe_vl.study.config import StudyConfig
+from mhmoe_vl.study.cost import costs_of, mismatches, require_parity
+from tests.unit.study.builders import study_tree
+
+ROOT = Path(__file__).parents[3]
+#: Other files of the folder are runs, or have no arms.
+STUDIES = sorted(path.name for path in (ROOT / "configs/study").glob("*.yaml") if "\narms:" in path.read_text())
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    return Plan(validate_config(StudyConfig, study_tree(folder, **changes)))
+
+
+def test_the_studies_that_there_are() -> None:
+    assert {f"{name}.yaml" for name in (
+        "main", "heads", "head_merge_layers", "no_split", "experts", "top_k", "inner_residual", "router", "pools",
+        "balancing", "controls", "smoke",
+    )} == set(STUDIES)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_valid_runs_of_equal_cost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = Plan(load_config(StudyConfig, Path("configs/study") / name))
+    require_parity(mismatches(plan, costs_of(plan)))
+    assert plan.out.name in (Path(name).stem, "study-smoke")
+
+
+def test_arms_in_a_seed_differ_in_their_layer_alone(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, arms={"smoe": {"ffn": "smoe"}, "mhmoe": {"ffn": "mhmoe", "num_experts": 8, "seed_offset": 5}}
+    )
+    smoe, mhmoe = (plan.base_run(Cell("train", "masked", arm, 1)).model_dump() for arm in plan.arms)
+    assert (smoe.pop("seed"), mhmoe.pop("seed")) == (1, 6)
+    assert (smoe["model"].pop("ffn"), mhmoe["model"].pop("ffn")) == ("smoe", "mhmoe")
+    assert (smoe["model"]["moe"].pop("num_experts"), mhmoe["model"]["moe"].pop("num_experts")) == (4, 8)
+    assert smoe.pop("out") != mhmoe.pop("out")
+    assert smoe == mhmoe
+
+
+def test_order_of_settings(tmp_path: Path) -> None:
+    """The arm's are above the task's, which are above the study's."""
+    tree = study_tree(tmp_path, overrides=["model.dim=32", "model.depth=4", "data.text_length=8"])
+    tree["tasks"]["masked"]["overrides"] = ["model.dim=64", "model.depth=6"]
+    tree["arms"] = {"smoe": {"ffn": "smoe", "overrides": ["model.depth=8"]}}
+    plan = Plan(validate_config(StudyConfig, tree))
+    run = plan.base_run(plan.cells[0])
+    assert (run.model.dim, run.model.depth, run.data.text_length, run.model.moe.match) == (64, 8, 8, "flops")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "smo"}, "'smo' is not an arm .did you mean 'smoe'.*; arms: smoe, mhmoe"),
+        ({"comparisons": [["mhmoe", "dense"]]}, "'dense' is not an arm"),
+        ({"comparisons": [["smoe", "smoe"]]}, "'smoe' is compared with itself; give it a second arm with seed_offset"),
+        ({"seeds": [1, 1]}, "seeds: .1, 1. names one of them twice"),
+        ({"learning_rates": {"factors": [1, 1]}}, "learning_rates.factors: "),
+        ({"arms": {"a/b": {"ffn": "smoe"}}}, "arms.a/b"),
+        ({"arms": {"smoe": {"ffn": "smo"}}}, "arms.smoe.ffn: 'smo'"),
+        ({"seed": [1]}, "seed: unknown key .did you mean 'seeds'.*; known keys: title, out"),
+        (
+            {"arms": {"smoe": {"ffn": "smoe", "num_experts": [4]}, "mhmoe": {"ffn": "mhmoe", "num_experts": [8]}}},
+            "comparisons: mhmoe and smoe have no number of experts in common",
+        ),
+        ({"arms": {"smoe": {"ffn": "smoe", "num_experts": [4]}, "smoe-4": {"ffn": "smoe"}}}, "called 'smoe-4'"),
+        ({"overrides": ["model.dmi=3"]}, "arm smoe of task masked: .*run.yaml: model.dmi: unknown key"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        assert not plan_of(tmp_path, **changes).comparisons
+
+
+def test_fine_tunings_start_from_those_before_them(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    run = tree["tasks"]["masked"]["config"]
+    tree["tasks"]["masked"]["fine_tunings"] = {"b": {"config": run, "after": "a"}, "a": {"config": run}}
+    with pytest.raises(ConfigError, match=r"fine_tunings.b.after: 'a' is not a fine-tuning before it; before it: none"):
+        validate_config(StudyConfig, tree)
+    tree["tasks"]["masked"]["fine_tunings"] = {"a": {"config": run}, "b": {"config": run, "after": "a"}}
+    plan = Plan(validate_config(StudyConfig, tree))
+    cell = plan.cell("fine/masked/smoe/seed1/b")
+    assert [needed.name for needed in plan.needs(cell)] == ["fine/masked/smoe/seed1/a"]
+    assert [needed.name for needed in plan.needs(plan.needs(cell)[0])] == ["train/masked/smoe/seed1"]

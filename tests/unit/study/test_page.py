@@ -1,0 +1,124 @@
+"""The page and the tables of results that the test made up."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from mhmoe_vl.config import dump_config, validate_config
+from mhmoe_vl.study.cells import Cell, Plan
+from mhmoe_vl.study.config import StudyConfig
+from mhmoe_vl.study.page import render_page
+from mhmoe_vl.study.results import Results, as_json, collect
+from mhmoe_vl.study.tables import markdown, timing_markdown
+from tests.unit.study.builders import study_tree
+
+VOID = {"meta", "img", "br", "link", "input"}
+#: Losses of the two arms by seed: MH-MoE is lower by 0.2, 0.21 and 0.19.
+LOSSES = {"smoe": (3.0, 3.5, 2.5), "mhmoe": (2.8, 3.29, 2.31), "odd": (3.1, 3.4, 2.55)}
+
+
+class Tags(HTMLParser):
+    """Every tag that is opened is closed; collects what would come from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.outside += [
+            value or "" for name, value in attributes if name in ("src", "href") and value and "#" not in value
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("page")
+    arms = {"smoe": {"ffn": "smoe"}, "mhmoe": {"ffn": "mhmoe"}, "odd": {"ffn": "smoe", "seed_offset": 9}}
+    plan = Plan(
+        validate_config(StudyConfig, study_tree(folder, arms=arms, seeds=[0, 1, 2], title="A <b>title</b> & more"))
+    )
+    for arm, losses in zip(plan.arms, LOSSES.values(), strict=True):
+        for seed, loss in enumerate(losses):
+            _write_run(plan, Cell("train", "masked", arm, seed), loss)
+    return collect(plan)
+
+
+def _write_run(plan: Plan, cell: Cell, loss: float) -> None:
+    directory = plan.out / cell.name
+    directory.mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    for step in (2, 4):
+        value = loss + (4 - step)
+        records += [
+            {"kind": "train", "step": step, "step_seconds": 0.5, "samples_per_second": 12.0},
+            {"kind": "validation", "step": step, "pair_mlm": value, "pair_mlm_perplexity": 1.0},
+        ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cost = {"num_params": 1, "num_active_params": 1, "flops_per_token": 1, "num_assignments_per_token": 1}
+    (directory / "cost.json").write_text(json.dumps(cost))
+    (directory / "config.yaml").write_text(dump_config(plan.base_run(cell)))
+    (directory / "model.safetensors").touch()
+
+
+def test_numbers_and_verdicts(results: Results) -> None:
+    (outcome,) = results.outcomes
+    mhmoe, odd = outcome.comparisons
+    assert mhmoe.difference is not None
+    assert mhmoe.difference.mean == pytest.approx(-0.2)
+    # Standard deviation 0.01 of three: 4.3027 * 0.01 / sqrt(3) = 0.0248.
+    assert mhmoe.verdict == "mhmoe lower than smoe by 0.200 ± 0.025 nats (perplexity -18.1%)"
+    assert "no difference at 3 seeds" in odd.verdict
+    assert mhmoe.adjusted_p == pytest.approx(2 * (mhmoe.difference.p or 0))
+    assert results.num_comparisons == 2
+
+
+def test_tables(results: Results) -> None:
+    text = markdown(results)
+    assert "| smoe | 3 | 3.00 ± 0.29 | 2" in text
+    assert "-0.200 | -0.225 to -0.175 |" in text
+    assert "2 comparisons are tested together by Holm" in text
+    assert "Unfinished" not in text
+    assert "seconds" not in text
+    # 12 samples a second of 5 image and 16 text tokens.
+    assert "| smoe | 252 | 2.0 |" in timing_markdown(results)
+    widths: dict[int, set[int]] = {}
+    for number, block in enumerate(re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)):
+        widths[number] = {len(line.replace("\\|", "").split("|")) for line in block.strip().splitlines()}
+    assert all(len(of_table) == 1 for of_table in widths.values())
+
+
+def test_the_page_stands_alone(results: Results) -> None:
+    page = render_page(results)
+    assert page == render_page(results)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.outside == []
+    assert "<script" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "prefers-color-scheme: dark" in page
+    assert "width=device-width" in page
+    assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in page
+    assert "<strong>mhmoe lower than smoe" in page
+    for title in ("Against steps", "Against compute", "Against time"):
+        assert title in page
+    assert page.count("<svg ") == 3
+    assert not re.search(r"#0[1-4]0[1-4]0[1-6]", page)
+
+
+def test_json_has_every_seed(results: Results) -> None:
+    found = json.loads(json.dumps(as_json(results), allow_nan=False))
+    assert found["curves"]["masked"]["pair_mlm"]["mhmoe"]["1"] == {"step": [2, 4], "value": [5.29, 3.29]}
+    assert found["timing"]["seconds"]["masked"]["mhmoe"]["1"] == [1.0, 2.0]
+    assert found["outcomes"][0]["arms"][0]["values"] == {"0": 3.0, "1": 3.5, "2": 2.5}
