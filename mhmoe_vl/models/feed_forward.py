@@ -69,10 +69,16 @@ def build_feed_forward(config: ModelConfig, *, sparse: bool) -> nn.Module:
         "backend": moe.backend,
     }
     if config.ffn in MULTI_HEAD_KINDS:
-        pools = "per_head" if config.ffn == "mhmoe_head_parallel" else "shared"
-        sizes = (config.dim, shape.ffn_dim, shape.num_experts, shape.num_heads)
-        depths = {"num_head_layers": moe.num_head_layers, "num_merge_layers": moe.num_merge_layers}
-        return MultiHeadMoE(*sizes, pools=pools, **depths, **arguments)  # type: ignore[arg-type]
+        return MultiHeadMoE(
+            config.dim,
+            shape.ffn_dim,
+            shape.num_experts,
+            shape.num_heads,
+            pools="per_head" if config.ffn == "mhmoe_head_parallel" else "shared",
+            num_head_layers=moe.num_head_layers,
+            num_merge_layers=moe.num_merge_layers,
+            **arguments,  # type: ignore[arg-type]
+        )
     return MoE(config.dim, shape.ffn_dim, shape.num_experts, **arguments)  # type: ignore[arg-type]
 
 

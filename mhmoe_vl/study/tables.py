@@ -104,7 +104,7 @@ def sweep_table(results: Results, task: str) -> Table:
 
 def timing_table(results: Results, task: str) -> Table:
     """Medians over seeds of what a clock said."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for timing in (timing for timing in results.timings if timing.task == task):
         speed = UNKNOWN if timing.tokens_per_second is None else f"{timing.tokens_per_second:,.0f}"
         seconds = UNKNOWN if timing.train_seconds is None else f"{timing.train_seconds:,.1f}"
