@@ -38,15 +38,20 @@ train() {
 
 rm -rf "$DATA" "$RUNS"
 say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file formats"
-"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --workers 2 "${scene_options[@]}"
+"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --max-objects 3 --num-colors 4 --workers 2 "${scene_options[@]}"
 
 say "shards"
-pack() {
-  local split=$1 images=$DATA/scenes/images/$1
-  "$PYTHON" -m data_prep.pack_images --images "$images" --out $DATA/images-$split
-  "$PYTHON" -m data_prep.pack_text $DATA/scenes/text_$split.txt --out $DATA/text-$split
-  "$PYTHON" -m data_prep.pack_pairs --coco $DATA/scenes/captions_$split.json --images "$images" --out $DATA/pairs-$split
-  "$PYTHON" -m data_prep.pack_nlvr2 --examples $DATA/scenes/nlvr2_$split.json --images $DATA/scenes/images --out $DATA/nlvr2-$split
+pack_images() {
+  "$PYTHON" -m data_prep.pack_images --images $DATA/scenes/images/$1 --out $DATA/images-$1
+}
+pack_text() {
+  "$PYTHON" -m data_prep.pack_text $DATA/scenes/text_$1.txt --out $DATA/text-$1
+}
+pack_pairs() {
+  "$PYTHON" -m data_prep.pack_pairs --coco $DATA/scenes/captions_$1.json --images $DATA/scenes/images/$1 --out $DATA/pairs-$1
+}
+pack_nlvr2() {
+  "$PYTHON" -m data_prep.pack_nlvr2 --examples $DATA/scenes/nlvr2_$1.json --images $DATA/scenes/images --out $DATA/nlvr2-$1
 }
 pack_vqa() {
   local split=$1
@@ -55,21 +60,30 @@ pack_vqa() {
     --annotations $DATA/scenes/vqa_${split}_annotations.json --images $DATA/scenes/images/$split \
     --image-pattern 'COCO_{data_subtype}_{image_id:012d}.png' --out $DATA/vqa-$split "$@"
 }
-pack val &
+# Two at a time, on two cores.
+{
+  pack_vqa train --min-answer-count 1
+  pack_vqa val --answers $DATA/vqa-train/answers.json
+  pack_pairs train
+  pack_images val
+} &
 packing=$!
-pack train
-pack_vqa train --min-answer-count 1
-pack_vqa val --answers $DATA/vqa-train/answers.json
+pack_nlvr2 train
+pack_nlvr2 val
+pack_images train
+pack_text train
+pack_text val
+pack_pairs val
 wait $packing
 
 say "tokenizers"
-"$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train &
-verifying=$!
 "$PYTHON" -m data_prep.fit_visual_codebook --shards $DATA/images-train --num-codes $codes --image-size 64 --patch-size 16 \
-  --out $DATA/visual_codebook.safetensors
+  --out $DATA/visual_codebook.safetensors &
+fitting=$!
 "$PYTHON" -m data_prep.train_text_tokenizer $DATA/pairs-train $DATA/text-train $DATA/vqa-train $DATA/nlvr2-train \
   --vocab-size 448 --lowercase --out $DATA/tokenizer.json
-wait $verifying
+"$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train
+wait $fitting
 
 say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain
@@ -80,14 +94,14 @@ train 1 vqa &
 vqa=$!
 train 1 captioning
 # Without the image there is little to learn; the score card takes the better of this twin and the counted prior.
-train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=600
+train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=300 validate_every=null
 "$PYTHON" -m eval.captioning --run $RUNS/captioning --data $DATA/pairs-val
 wait $vqa
-say "fine-tuning: nlvr2"
-train "$PROCESSES" nlvr2
-
-say "evaluation"
+say "fine-tuning: nlvr2; beside it the evaluation of vqa"
+train 1 nlvr2 &
+nlvr2=$!
 "$PYTHON" -m eval.vqa --run $RUNS/vqa --blind-run $RUNS/vqa-blind --data $DATA/vqa-val
+wait $nlvr2
 "$PYTHON" -m eval.nlvr2 --run $RUNS/nlvr2 --data $DATA/nlvr2-val
 
 say "report"

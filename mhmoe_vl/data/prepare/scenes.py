@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -86,8 +87,18 @@ class Scene:
     background: str = "slate"
 
 
-def sample_scenes(split: Split, num_scenes: int, *, seed: int, stream: str = "scenes") -> list[Scene]:
+def sample_scenes(
+    split: Split,
+    num_scenes: int,
+    *,
+    seed: int,
+    stream: str = "scenes",
+    max_objects: int = MAX_OBJECTS,
+    num_colors: int = len(COLORS),
+) -> list[Scene]:
     """``num_scenes`` scenes, no two with the same objects in the same cells; another ``stream`` gives other scenes.
+
+    Fewer objects and colours make scenes that are learnt sooner.
 
     Which split a scene may belong to is a property of its objects (a checksum), so no train scene is ever a val scene,
     whatever the seeds and numbers.
@@ -95,7 +106,7 @@ def sample_scenes(split: Split, num_scenes: int, *, seed: int, stream: str = "sc
     rng = random.Random(f"{seed}/{split}/{stream}")
     scenes: dict[tuple[object, ...], Scene] = {}
     while len(scenes) < num_scenes:
-        scene = _sample_scene(rng)
+        scene = _sample_scene(rng, max_objects, list(COLORS)[:num_colors])
         layout = tuple((o.shape, o.color, o.size, o.row, o.column) for o in scene.objects)
         is_val = zlib.crc32(repr(layout).encode()) % _NUM_BUCKETS < _VAL_BUCKETS
         if is_val == (split == "val"):
@@ -136,13 +147,14 @@ def write_scene_image(scene: Scene, path: Path, *, image_size: int, noise_seed: 
         image.save(temporary, format="PNG", compress_level=1)
 
 
-def _sample_scene(rng: random.Random) -> Scene:
+def _sample_scene(rng: random.Random, max_objects: int, colors: Sequence[str]) -> Scene:
     has_theme = rng.random() < _THEME_SHARE
-    theme = rng.choice([{"shape": rng.choice(SHAPES)}, {"color": rng.choice(list(COLORS))}]) if has_theme else {}
-    (num_objects,) = rng.choices(range(1, MAX_OBJECTS + 1), weights=_NUM_OBJECTS_WEIGHTS[has_theme])
+    theme = rng.choice([{"shape": rng.choice(SHAPES)}, {"color": rng.choice(colors)}]) if has_theme else {}
+    weights = _NUM_OBJECTS_WEIGHTS[has_theme][:max_objects]
+    (num_objects,) = rng.choices(range(1, max_objects + 1), weights=weights)
     objects = []
     for cell in sorted(rng.sample(range(GRID_SIZE**2), num_objects)):
-        look = {"shape": rng.choice(SHAPES), "color": rng.choice(list(COLORS)), "size": rng.choice(SIZES)}
+        look = {"shape": rng.choice(SHAPES), "color": rng.choice(colors), "size": rng.choice(SIZES)}
         if rng.random() < _THEME_STRENGTH:
             look |= theme
         reach = _MAX_OFFSET[look["size"]]
