@@ -38,6 +38,9 @@ from mhmoe_vl.errors import CheckpointError, ConfigError, OutputError, UserError
 
 logger = logging.getLogger(__name__)
 
+#: What the names of parameters and buffers begin with, beside those of the optimizer's tensors.
+_MODEL = "model."
+
 
 def save_checkpoint(
     root: Path,
@@ -107,6 +110,23 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Ada
     return manifest["progress"]
 
 
+def load_checkpoint_weights(path: Path, module: nn.Module) -> None:
+    """Verify ``path`` and load its parameters and buffers, without the optimizer's, in place into ``module``.
+
+    Raises:
+        CheckpointError: on every rank, if the checkpoint is damaged, or is not of such a module; nothing has been
+            loaded then.
+    """
+    verify(path)
+    state = {f"{_MODEL}{names[0]}": tensor.detach() for tensor, names in tensor_names(module).items()}
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    with fail_together(CheckpointError, f"{path}: cannot load"):
+        stored = reader.read_metadata().state_dict_metadata
+        _require_same_tensors(state, {name: stored[name] for name in stored if name.startswith(_MODEL)})
+    with fail_together(CheckpointError, f"{path}: cannot load"), _dcp_call():
+        dcp.load(state, storage_reader=reader)
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint under ``root`` that verifies; ``None`` if there never was one.
 
@@ -130,7 +150,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 def _training_state(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Every tensor that training changes, under a name that depends on neither strategy nor world size."""
     names = {tensor: aliases[0] for tensor, aliases in tensor_names(module).items()}
-    state = {f"model.{name}": tensor.detach() for tensor, name in names.items()}
+    state = {f"{_MODEL}{name}": tensor.detach() for tensor, name in names.items()}
     for group in optimizer.param_groups:
         on_device = bool(group["fused"] or group["capturable"])
         for parameter in group["params"]:

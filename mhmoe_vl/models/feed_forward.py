@@ -34,12 +34,21 @@ class LayerRouting(NamedTuple):
     def name(self) -> str:
         return f"block{self.layer}/{self.pool}"
 
+    def name_of(self, modality: str) -> str:
+        """Name of what one modality does: ``block3/vision``, in a pool of both ``block3/shared/vision``."""
+        return self.name if self.pool == modality else f"{self.name}/{modality}"
+
     def by_modality(self) -> dict[str, Routing]:
         """The same decisions by modality; a pool of both has both, even if one has no tokens here."""
         if self.pool in MODALITIES:
             return {self.pool: self.routing}
         cut = self.num_vision_tokens * self.routing.num_heads
         return {"vision": _rows(self.routing, slice(0, cut)), "text": _rows(self.routing, slice(cut, None))}
+
+
+def pool_of(name: str) -> str:
+    """The pool behind :meth:`LayerRouting.name_of`: ``block3/shared/vision`` -> ``block3/shared``."""
+    return "/".join(name.split("/")[:2])
 
 
 def _rows(routing: Routing, span: slice) -> Routing:

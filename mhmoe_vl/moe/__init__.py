@@ -15,7 +15,7 @@ from mhmoe_vl.moe.layer import MoE, MultiHeadMoE
 from mhmoe_vl.moe.losses import balance_loss, expert_load, z_loss
 from mhmoe_vl.moe.match import FfnShape, match_ffn
 from mhmoe_vl.moe.routing import CosineRouter, LinearRouter, Routing
-from mhmoe_vl.moe.stats import RoutingStats, routing_stats
+from mhmoe_vl.moe.stats import RoutingStats, routing_stats, share_active
 
 __all__ = [
     "KINDS",
@@ -38,5 +38,6 @@ __all__ = [
     "ffn_cost",
     "match_ffn",
     "routing_stats",
+    "share_active",
     "z_loss",
 ]

@@ -32,21 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--scores", type=Path, help="JSON file to write the headline scores to")
     parser.add_argument("--title", default="Vision-language pretraining: report", help="heading of the page")
-    parser.add_argument("--num-samples", type=int, default=8, help="samples per task; 0 needs no shards")
+    parser.add_argument("--num-samples", type=int, default=8, help="samples per task; 0 shows none")
+    parser.add_argument(
+        "--num-analysed",
+        type=int,
+        default=64,
+        help="held-out samples per source on which the experts of --pretrain are measured; 0 leaves that out",
+    )
     arguments = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
     with exit_on_user_error():
         directories = {task: getattr(arguments, task) for task in TASKS if getattr(arguments, task) is not None}
         if not directories:
             raise ConfigError(f"no run: give at least one of {', '.join(f'--{task}' for task in TASKS)}")
-        if arguments.num_samples < 0:
-            raise ConfigError(f"--num-samples: {arguments.num_samples} must be 0 or more")
+        for option, number in (("num-samples", arguments.num_samples), ("num-analysed", arguments.num_analysed)):
+            if number < 0:
+                raise ConfigError(f"--{option}: {number} must be 0 or more")
         runs = [read_run(directory, task=task) for task, directory in directories.items()]
         shards = {task: getattr(arguments, f"{task}_data") for task in TASKS[1:]}
         options = ReportOptions(
             title=arguments.title,
             shards={task: of_task for task, of_task in shards.items() if of_task is not None},
             num_samples=arguments.num_samples,
+            num_analysed=arguments.num_analysed,
             command=shlex.join(["python", "-m", "mhmoe_vl.report", *given]),
         )
         with open_world() as world:

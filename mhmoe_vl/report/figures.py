@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -51,7 +51,11 @@ _STYLE = {
     "legend.frameon": False,
 }
 _LOAD_COLORS = LinearSegmentedColormap.from_list("load", ["#2f6690", "#e9e6df", "#b5532a"])
-_MAX_EXPERTS_WITH_NUMBERS = 16
+#: From text to vision, in the light theme's colours of the modalities.
+_AFFINITY_COLORS = LinearSegmentedColormap.from_list("affinity", ["#b5632a", "#e9e6df", "#2f6690"])
+#: From few to many, also of patches drawn over a picture.
+COUNT_COLORS = LinearSegmentedColormap.from_list("count", ["#1f3f6e", "#2f8f9d", "#f2d14b"])
+_MAX_COLUMNS_WITH_NUMBERS = 16
 
 #: Width and height in inches of a figure that stands beside others; in CSS an inch is 96 pixels.
 _PANEL = (3.5, 2.3)
@@ -77,8 +81,16 @@ def score_bars(card: ScoreCard) -> str:
     return _draw(draw, size=(_PANEL[0], 0.7 + 0.32 * len(known)), name=f"scores/{card.task}")
 
 
-def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = False, from_zero: bool = False) -> str:
-    """Lines over training steps; a series of few points has markers.
+def curves(
+    series: Mapping[str, Points],
+    *,
+    ylabel: str,
+    name: str,
+    xlabel: str = "step",
+    log: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """Lines over training steps, or what else ``xlabel`` says; a series of few points has markers.
 
     Args:
         log: logarithmic values.
@@ -98,7 +110,7 @@ def curves(series: Mapping[str, Points], *, ylabel: str, name: str, log: bool = 
             axes.set_ylim(0, 1.06 * axes.dataLim.y1)
         if len(series) > 1:
             _legend_above(axes)
-        _label_steps(axes, ylabel)
+        _label(axes, xlabel, ylabel)
 
     return _draw(draw, size=_PANEL, name=name)
 
@@ -138,8 +150,9 @@ def bands(series: Mapping[str, Band], *, xlabel: str, ylabel: str, name: str, lo
     return _draw(draw, size=(_PANEL[0], _PANEL[1] + 0.17 * num_rows), name=name)
 
 
-def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str) -> str:
-    """Lines over training steps, one for each expert pool, in the colour of the pool's modality."""
+def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str, xlabel: str = "step") -> str:
+    """Lines over training steps, or what else ``xlabel`` says, one for each expert pool, in the colour of the pool's
+    modality."""
 
     def draw(axes: Axes) -> None:
         modalities: dict[str, None] = {}
@@ -152,7 +165,7 @@ def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str) -> str:
         if all(isinstance(value, int) for of_pool in series.values() for _, value in of_pool):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         _legend_above(axes)
-        _label_steps(axes, ylabel)
+        _label(axes, xlabel, ylabel)
 
     return _draw(draw, size=_PANEL, name=name)
 
@@ -164,28 +177,102 @@ def load_heat_map(load: Mapping[str, Sequence[float]], *, name: str) -> str:
         load: share of the choices that each expert gets, by pool.
     """
     rows = {pool: sorted((share * len(shares) for share in shares), reverse=True) for pool, shares in load.items()}
-    num_experts = max(map(len, rows.values()))
-    grid = [row + [float("nan")] * (num_experts - len(row)) for row in rows.values()]
     highest = max(2.0, max(max(row) for row in rows.values()))
+    return _heat_map(
+        rows,
+        colors=_LOAD_COLORS,
+        norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=highest),
+        ticks=[0, 1, round(highest, 1)],
+        xlabel="experts, busiest first",
+        name=name,
+    )
+
+
+def affinity_heat_map(vision_share: Mapping[str, Sequence[float]], *, mean: float, name: str) -> str:
+    """Share of each expert's load that image tokens bring; a row per pool, experts sorted by it.
+
+    Args:
+        mean: share of image tokens among all, where the colours change.
+    """
+    middle = min(max(mean, 0.01), 0.99)
+    return _heat_map(
+        {pool: sorted(shares, reverse=True) for pool, shares in vision_share.items()},
+        colors=_AFFINITY_COLORS,
+        norm=TwoSlopeNorm(middle, vmin=0.0, vmax=1.0),
+        ticks=[0, round(middle, 2), 1],
+        xlabel="experts, most for images first",
+        name=name,
+    )
+
+
+def grid_heat_map(grid: Sequence[Sequence[float]], *, limits: tuple[float, float], name: str) -> str:
+    """Values by row and column of an image's patches.
+
+    Args:
+        limits: of the colours.
+    """
+    low, high = limits
+    return _heat_map(
+        {str(number): row for number, row in enumerate(grid, start=1)},
+        colors=COUNT_COLORS,
+        norm=Normalize(low, high),
+        ticks=[low, high],
+        xlabel="column of the patch",
+        name=name,
+        digits=2,
+    )
+
+
+def dots(values: Mapping[str, float], *, xlabel: str, name: str) -> str:
+    """A value for each of a few names, as points on horizontal lines: their axis need not start at 0."""
 
     def draw(axes: Axes) -> None:
-        norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=highest)
-        mesh = axes.pcolormesh(grid, cmap=_LOAD_COLORS, norm=norm, edgecolors="face", linewidth=0.3)
+        names = list(reversed(values))
+        numbers = [values[label] for label in names]
+        axes.plot(numbers, names, "o", color=_SERIES[0], markersize=5)
+        for place, number in enumerate(numbers):
+            axes.annotate(f"{number:.2f}", (number, place), xytext=(7, -3), textcoords="offset points")
+        axes.margins(x=0.2, y=0.08)
+        axes.grid(axis="x", visible=False)
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.set_xlabel(xlabel)
+
+    return _draw(draw, size=(_PANEL[0], 0.7 + 0.28 * len(values)), name=name)
+
+
+def _heat_map(
+    rows: Mapping[str, Sequence[float]],
+    *,
+    colors: LinearSegmentedColormap,
+    norm: Normalize,
+    ticks: Sequence[float],
+    xlabel: str,
+    name: str,
+    digits: int = 1,
+) -> str:
+    """Rows of coloured cells, which may differ in length; with numbers in them unless they are long."""
+    num_columns = max(map(len, rows.values()))
+    grid = [[*row, *[float("nan")] * (num_columns - len(row))] for row in rows.values()]
+
+    def draw(axes: Axes) -> None:
+        mesh = axes.pcolormesh(grid, cmap=colors, norm=norm, edgecolors="face", linewidth=0.3)
         axes.set_yticks([row + 0.5 for row in range(len(rows))], list(rows))
-        axes.set_xticks([0.5, num_experts - 0.5], ["1", str(num_experts)])
-        axes.set_xlabel("experts, busiest first")
+        axes.set_xticks([0.5, num_columns - 0.5], ["1", str(num_columns)])
+        axes.set_xlabel(xlabel)
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.invert_yaxis()
         for spine in axes.spines.values():
             spine.set_visible(False)
-        if num_experts <= _MAX_EXPERTS_WITH_NUMBERS:
-            _write_numbers(axes, grid, norm)
-        color_bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.02, ticks=[0, 1, round(highest, 1)])
+        if num_columns <= _MAX_COLUMNS_WITH_NUMBERS:
+            _write_numbers(axes, grid, colors, norm, digits)
+        color_bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.02, ticks=list(ticks))
         color_bar.outline.set_visible(False)
         color_bar.ax.tick_params(length=0)
 
-    size = (max(4.5, min(9.0, 1.8 + 0.45 * num_experts)), 0.7 + 0.32 * len(rows))
+    size = (max(4.5, min(9.0, 1.8 + 0.45 * num_columns)), 0.7 + 0.32 * len(rows))
     return _draw(draw, size=size, name=name)
 
 
@@ -194,13 +281,17 @@ def modality_of(pool: str) -> str:
     return pool.rpartition("/")[2]
 
 
-def _write_numbers(axes: Axes, grid: Sequence[Sequence[float]], norm: TwoSlopeNorm) -> None:
+def _write_numbers(
+    axes: Axes, grid: Sequence[Sequence[float]], colors: LinearSegmentedColormap, norm: Normalize, digits: int
+) -> None:
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             if value == value:  # not a place beyond the end of a shorter row
-                red, green, blue, _ = _LOAD_COLORS(float(norm(value)))
-                color = "#1c1c1c" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
-                axes.text(column + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", color=color, fontsize=7.5)
+                red, green, blue, _ = colors(float(norm(value)))
+                ink = "#1c1c1c" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
+                axes.text(
+                    column + 0.5, row + 0.5, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=7.5
+                )
 
 
 def _log_values(axes: Axes) -> None:
@@ -215,9 +306,9 @@ def _legend_above(axes: Axes) -> None:
     figure.legend(loc="outside upper left", ncols=2, columnspacing=1.2, handlelength=1.2, borderpad=0, labelspacing=0.2)
 
 
-def _label_steps(axes: Axes, ylabel: str) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.set_xlabel("step")
+def _label(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=xlabel in ("step", "block")))
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
 
 

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import mhmoe_vl
+from mhmoe_vl.analysis.measure import analyse_experts
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.report.collect import RunRecord, cost_parity
+from mhmoe_vl.report.experts import AnalysisView, view_analysis
 from mhmoe_vl.report.figures import score_bars
 from mhmoe_vl.report.masked import MaskedSample, masked_samples
 from mhmoe_vl.report.progress import expert_use, progress
 from mhmoe_vl.report.samples import PREDICTIONS, caption_samples, evaluated_shards, nlvr2_samples, vqa_samples
 from mhmoe_vl.report.template import page_environment
 from mhmoe_vl.train import run_directory
+from mhmoe_vl.train.trained import load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +43,16 @@ class ReportOptions:
 
     Attributes:
         shards: evaluated shards by task, where they are not those of the run's own validation.
-        num_samples: samples with predictions per task; with 0 neither weights nor shards are read.
+        num_samples: samples with predictions per task; with 0 none are read.
+        num_analysed: held-out samples of each source that the experts of the pretraining run are measured on; with 0
+            they are not.
         command: the command line that made the report.
     """
 
     title: str
     shards: Mapping[str, list[str]]
     num_samples: int
+    num_analysed: int
     command: str
 
 
@@ -60,8 +66,10 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
     """
     notes: list[str] = []
     masked: dict[str, list[MaskedSample]] = {}
+    analyses: list[tuple[RunRecord, AnalysisView]] = []
     try:
         masked = _masked(runs, world, options)
+        analyses = _analyses(runs, world, options)
     except DataError as error:
         notes.append(_left_out("pretrain", error))
     samples: dict[str, list[Any]] = {}
@@ -78,6 +86,7 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
         "parity": list(dict.fromkeys(cost_parity(run.config.model) for run in runs)),
         "progress": [(run, of_run) for run in runs if (of_run := progress(run)) is not None],
         "experts": [(run, use) for run in runs if (use := expert_use(run)) is not None],
+        "analyses": analyses,
         "masked": masked,
         "samples": samples,
         "notes": notes,
@@ -104,12 +113,32 @@ def _masked(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> 
     """
     if options.num_samples == 0:
         return {}
-    finished = [run for run in runs if run.task == "pretrain" and (run.directory / run_directory.WEIGHTS).is_file()]
     return {
         source: samples
-        for run in finished
+        for run in _pretrained(runs)
         for source, samples in masked_samples(run.directory, world, num_samples=options.num_samples).items()
     }
+
+
+def _analyses(runs: Sequence[RunRecord], world: World, options: ReportOptions) -> list[tuple[RunRecord, AnalysisView]]:
+    """Of the experts of the pretraining run, once it has weights.
+
+    Raises:
+        DataError: the shards cannot be read.
+    """
+    if options.num_analysed == 0:
+        return []
+    analyses = []
+    for run in _pretrained(runs):
+        if run.config.model.ffn != "dense" and run.config.data.validation:
+            trained = load_trained(run.directory, world, task_kind=run.task)
+            found = analyse_experts(trained, run.config.data.validation, num_samples=options.num_analysed)
+            analyses.append((run, view_analysis(found)))
+    return analyses
+
+
+def _pretrained(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    return [run for run in runs if run.task == "pretrain" and (run.directory / run_directory.WEIGHTS).is_file()]
 
 
 def _samples(run: RunRecord, options: ReportOptions) -> list[Any]:

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from mhmoe_vl.moe import share_active
+from mhmoe_vl.moe.stats import ACTIVATION_CURVE
 from mhmoe_vl.report.collect import RunRecord
 from mhmoe_vl.report.figures import Points, curves, load_heat_map, pool_curves
 
@@ -63,12 +67,17 @@ class PoolRow:
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """Figures about the expert pools of one run; the heat map and the table speak of ``step``."""
+    """Figures about the expert pools of one run; the heat map and the table speak of ``step``.
+
+    Attributes:
+        alarms: which pools had dead or collapsed experts in which steps.
+    """
 
     step: int
     heat_map: str
     panels: list[Panel]
     pools: list[PoolRow]
+    alarms: list[str]
 
 
 def progress(run: RunRecord) -> Progress | None:
@@ -92,10 +101,23 @@ def expert_use(run: RunRecord) -> ExpertUse | None:
     last = run.experts[-1]
     entropy = {pool: points(run.experts, "entropy", pool) for pool in last["load"]}
     num_dead = {pool: points(run.experts, "num_dead", pool) for pool in last["load"]}
+    activation = {
+        pool: list(zip(ACTIVATION_CURVE, share_active(torch.tensor(load), ACTIVATION_CURVE), strict=True))
+        for pool, load in last["load"].items()
+    }
     violation = {"busiest pool": points(run.train, "max_violation")}
     panels = [
         Panel("Entropy of the load", pool_curves(entropy, ylabel="1 = uniform", name=f"{run.task}/entropy")),
         Panel("Dead experts per pool", pool_curves(num_dead, ylabel="dead experts", name=f"{run.task}/dead")),
+        Panel(
+            f"Experts active before step {last['step']:,}",
+            pool_curves(
+                activation,
+                xlabel="threshold: load / mean load",
+                ylabel="share of experts above it",
+                name=f"{run.task}/activation",
+            ),
+        ),
     ]
     if violation["busiest pool"]:
         figure = curves(violation, ylabel="max load / mean load - 1", name=f"{run.task}/violation")
@@ -111,7 +133,32 @@ def expert_use(run: RunRecord) -> ExpertUse | None:
         )
         for pool, shares in last["load"].items()
     ]
-    return ExpertUse(last["step"], load_heat_map(last["load"], name=f"{run.task}/load"), panels, pools)
+    heat_map = load_heat_map(last["load"], name=f"{run.task}/load")
+    return ExpertUse(last["step"], heat_map, panels, pools, alarm_spans(run.experts))
+
+
+def alarm_spans(records: Records) -> list[str]:
+    """Such as ``block3/text: dead experts in steps 11 to 40``, in the order in which alarms began.
+
+    Args:
+        records: of kind ``experts``, of intervals that follow one another.
+    """
+    spans: list[tuple[str, str, int, int]] = []
+    on: dict[tuple[str, str], int] = {}  # index of the span
+    first = 1
+    for record in records:
+        now: dict[tuple[str, str], int] = {}
+        # Records of earlier versions know of no alarms.
+        for pool, alarms in record.get("alarms", {}).items():
+            for alarm in alarms:
+                begun = on.get((pool, alarm), len(spans))
+                if begun == len(spans):
+                    spans.append((pool, alarm, first, record["step"]))
+                spans[begun] = (*spans[begun][:3], record["step"])
+                now[pool, alarm] = begun
+        on = now
+        first = record["step"] + 1
+    return [f"{pool}: {alarm} experts in steps {start:,} to {end:,}" for pool, alarm, start, end in spans]
 
 
 def points(records: Records, *path: str) -> Points:

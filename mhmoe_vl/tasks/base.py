@@ -107,7 +107,7 @@ class Task(nn.Module, ABC):
                 balance = balance + balance_loss(item.routing, global_load_E=loads[name])
                 z = z + z_loss(item.routing, global_load_E=loads[name])
                 for modality, of_modality in item.by_modality().items():
-                    key = name if item.pool == modality else f"{name}/{modality}"
+                    key = item.name_of(modality)
                     stats = routing_stats(of_modality)
                     output.routing[key] = output.routing[key] + stats if key in output.routing else stats
         scale = 1 / (len(pools) * num_micro_batches)

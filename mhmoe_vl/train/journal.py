@@ -16,7 +16,9 @@ from mhmoe_vl.data.loader import MicroBatch
 from mhmoe_vl.distributed.collectives import gather_objects
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
-from mhmoe_vl.moe import RoutingStats
+from mhmoe_vl.moe import RoutingStats, share_active
+from mhmoe_vl.moe.stats import ACTIVATION_THRESHOLDS
+from mhmoe_vl.train.alarm import ExpertAlarm
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import MetricsWriter
 from mhmoe_vl.train.step import Figures
@@ -33,6 +35,7 @@ class Journal:
         self.num_broken = self.num_skipped = 0
         self.last_problem = ""
         self._has_warned = False
+        self._alarm = ExpertAlarm()
         self._since, self._time = first_step, time.perf_counter()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -112,17 +115,25 @@ class Journal:
             line += f" skipped {self.num_skipped} step{'s' if self.num_skipped > 1 else ''}"
         self.write("train", step, values)
         if routing:
-            self.write("experts", step, expert_record(routing))
+            alarms, onsets = self._alarm.check(routing)
+            for onset in onsets if self.world.is_main else ():
+                logger.warning("step %d: %s", step, onset)
+            self.write("experts", step, expert_record(routing) | {"alarms": alarms, "num_alarms": len(alarms)})
         self.figures, self.num_broken, self.num_skipped = Figures(), 0, 0
         self._since, self._time = step, time.perf_counter()
         return line
 
 
 def expert_record(routing: dict[str, RoutingStats]) -> dict[str, Any]:
-    """Load share of every expert, and what it says about balance, per pool and modality."""
+    """Load share of every expert, and what it says about balance, per pool and modality.
+
+    ``activation`` has the share of experts whose load is above each of ``activation_thresholds`` times the mean.
+    """
     return {
         "load": {name: [round(share, 6) for share in stats.load_share_E.tolist()] for name, stats in routing.items()},
         "entropy": {name: stats.load_entropy for name, stats in routing.items()},
         "num_dead": {name: stats.num_dead for name, stats in routing.items()},
+        "activation_thresholds": list(ACTIVATION_THRESHOLDS),
+        "activation": {name: share_active(stats.load_E, ACTIVATION_THRESHOLDS) for name, stats in routing.items()},
         "dropped": {name: float(s.num_dropped / s.load_E.sum().clamp_min(1)) for name, s in routing.items()},
     }

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mhmoe_vl.moe import CapacityDispatcher, Routing, routing_stats
+from mhmoe_vl.moe import CapacityDispatcher, Routing, RoutingStats, routing_stats, share_active
+from mhmoe_vl.moe.stats import MIN_CHOICES_PER_EXPERT
 from tests.unit.moe.builders import build, random
 
 GATES = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
@@ -71,3 +74,64 @@ def test_nothing_routed() -> None:
     stats = routing_stats(routing_of([[0], [0], [1]]), torch.zeros(3, dtype=torch.bool))
     assert (stats.max_violation, stats.num_dead, int(stats.num_rows)) == (0.0, 4, 0)
     assert stats.load_share_E.tolist() == [0, 0, 0, 0]
+    assert stats.overload == 0.0
+    assert share_active(stats.load_E, [0.0, 1.0]) == [0.0, 0.0]
+    assert stats.alarms == ()
+
+
+def stats_of(load: list[int], *, top_k: int = 1) -> RoutingStats:
+    zero = torch.tensor(0)
+    return RoutingStats(torch.tensor(load), zero, zero.double(), torch.tensor(sum(load) // top_k))
+
+
+def test_activation_by_hand() -> None:
+    """Loads over their mean of 10: 0, 0.5, 1, 2.5."""
+    assert share_active(torch.tensor([0, 5, 10, 25]), [0, 0.4, 0.5, 0.9, 1, 2, 2.5]) == [
+        0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0
+    ]  # fmt: skip
+
+
+@given(
+    load=st.lists(st.integers(0, 1000), min_size=1, max_size=40),
+    thresholds=st.lists(st.floats(0, 5), min_size=2, max_size=10),
+    scale=st.sampled_from([1, 2, 8, 1024]),
+)
+def test_activation_falls_from_the_living_to_none(load: list[int], thresholds: list[float], scale: int) -> None:
+    thresholds = [0.0, *sorted(thresholds), float(len(load))]
+    shares = share_active(torch.tensor(load), thresholds)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(sum(count > 0 for count in load) / len(load))
+    assert shares[-1] == 0  # no expert has more than everything
+    assert share_active(torch.tensor(load) * scale, thresholds) == shares
+    assert share_active(torch.tensor(load[::-1]), thresholds) == shares
+
+
+def test_overload_is_0_for_balance_and_1_if_every_row_chooses_one_expert() -> None:
+    assert stats_of([25, 25, 25, 25]).overload == 0
+    assert stats_of([100, 0, 0, 0]).overload == pytest.approx(1)
+    assert stats_of([100, 100, 0, 0], top_k=2).overload == pytest.approx(1)
+    # Half of the rows, where a quarter is balance: one third of the way.
+    assert stats_of([50, 50, 0, 0]).overload == pytest.approx(1 / 3)
+    assert stats_of([40, 40], top_k=2).overload == 0  # nothing to choose
+
+
+@pytest.mark.parametrize(
+    ("load", "alarms"),
+    [
+        ([100, 100, 100, 100], ()),
+        ([1, 133, 133, 133], ()),
+        ([0, 134, 133, 133], ("dead",)),
+        ([370, 10, 10, 10], ("collapsed",)),  # entropy 0.25
+        ([400, 0, 0, 0], ("dead", "collapsed")),
+        ([180] + [20] * 11, ()),  # 45 % on one of 12: overload 0.40, entropy 0.81
+        ([280] + [20] * 11, ("collapsed",)),  # 56 %: overload 0.52, entropy 0.70
+    ],
+)
+def test_alarms(load: list[int], alarms: tuple[str, ...]) -> None:
+    assert stats_of(load).alarms == alarms
+
+
+def test_few_choices_prove_nothing() -> None:
+    least = 4 * MIN_CHOICES_PER_EXPERT
+    assert stats_of([least, 0, 0, 0]).alarms == ("dead", "collapsed")
+    assert stats_of([least - 1, 0, 0, 0]).alarms == ()

@@ -6,7 +6,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mhmoe_vl.report.figures import Band, bands, curves, load_heat_map, modality_of, pool_curves, score_bars
+from mhmoe_vl.report.figures import (
+    Band,
+    affinity_heat_map,
+    bands,
+    curves,
+    dots,
+    grid_heat_map,
+    load_heat_map,
+    modality_of,
+    pool_curves,
+    score_bars,
+)
 from tests.unit.report.runs import CARD
 
 LOAD = {"block1/vision": [0.25, 0.5, 0.0, 0.25], "block1/text": [0.25, 0.25, 0.25, 0.25]}
@@ -21,6 +32,9 @@ def figures() -> dict[str, str]:
         "log": curves({"a": [(1, 90.0), (2, 5.0)]}, ylabel="perplexity", log=True, name="two"),
         "pools": pool_curves({"block1/vision": [(1, 0), (2, 3)], "block1/text": [(1, 1)]}, ylabel="dead", name="three"),
         "heat": load_heat_map(LOAD, name="four"),
+        "affinity": affinity_heat_map({"block1/shared": [0.2, 0.9, 0.5]}, mean=0.6, name="six"),
+        "grid": grid_heat_map([[1.0, 1.5], [2.0, 1.25]], limits=(1.0, 2.0), name="seven"),
+        "dots": dots({"content words": 1.25, "numbers": 1.5}, xlabel="distinct experts", name="eight"),
         "bands": bands({"arm": BAND, "other": BAND}, xlabel="FLOPs", ylabel="perplexity", name="five", log=True),
     }
 
@@ -69,6 +83,17 @@ def test_the_heat_map_shows_load_over_mean_sorted_in_each_row() -> None:
     numbers = [text for text in shown if re.fullmatch(r"\d\.\d", text)]
     assert numbers[:8] == ["2.0", "1.0", "1.0", "0.0", "1.0", "1.0", "1.0", "1.0"]
     assert {"block1/vision", "block1/text"} <= set(shown)
+
+
+def test_affinity_is_sorted_and_grids_keep_their_places() -> None:
+    shown = [text for text in texts(figures()["affinity"]) if re.fullmatch(r"0\.\d", text)]
+    assert shown[:3] == ["0.9", "0.5", "0.2"]
+    shown = [text for text in texts(figures()["grid"]) if re.fullmatch(r"\d\.\d\d", text)]
+    assert shown[:4] == ["1.00", "1.50", "2.00", "1.25"]
+
+
+def test_dots_carry_their_names_and_values() -> None:
+    assert {"content words", "numbers", "1.25", "1.50", "distinct experts"} <= set(texts(figures()["dots"]))
 
 
 def test_pools_of_different_size_stand_in_one_map() -> None:

@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
 
 def test_every_section_of_what_is_there_and_no_other(page: str) -> None:
     sections = re.findall(r'<section id="([^"]*)"', page)
-    assert sections == ["scores", "curves", "experts", "masked", "samples-vqa", "made"]
+    assert sections == ["scores", "curves", "experts", "analysis", "masked", "samples-vqa", "made"]
     assert re.findall(r'<a href="#([^"]*)"', page) == sections
 
 
@@ -144,6 +144,34 @@ def test_curves_and_experts_are_those_of_the_run(page: str, runs: Path) -> None:
         row = re.search(rf"<tr><td>{pool}</td>(.*?)</tr>", page)
         assert row is not None
         assert f"<td>{value:.3f}</td>" in row[1]
+
+
+def test_experts_are_analysed_on_the_validation_of_the_run(page: str) -> None:
+    section = page[page.index('<section id="analysis"') : page.index('<section id="masked"')]
+    assert "12 samples of source" in section
+    assert "60 vision tokens" in section  # 12 images of 4 patches and a class token
+    assert section.count('alt="its patches by distinct experts"') == 8
+    for shown in ("Representation collapse", "Experts active", "Distinct experts per token", "content words"):
+        assert shown in section
+    assert "Routing fluctuation" not in section  # nothing to compare with
+
+
+def test_the_analysis_can_be_left_out(runs: Path, tmp_path: Path) -> None:
+    page = report(runs, tmp_path / "report.html", "pretrain", options=("--num-analysed", "0"))
+    assert re.findall(r'<section id="([^"]*)"', page) == ["curves", "experts", "masked", "made"]
+
+
+def test_alarms_of_the_run_are_told(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "pretrain", tmp_path / "pretrain")
+    (tmp_path / "pretrain" / "model.safetensors").unlink()
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "experts":
+            record["alarms"] = {"block1/text": ["dead"]}
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report(tmp_path, tmp_path / "report.html", "pretrain")
+    assert '<span class="wrong">Alarm:</span> block1/text: dead experts in steps 1 to 4' in page
 
 
 def test_masked_pairs_have_four_pictures_and_their_words(page: str) -> None:
