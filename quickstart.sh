@@ -4,6 +4,7 @@
 #
 #   bash quickstart.sh          10 to 11 minutes, 2.9 GB on two busy cores (docs/EXPERIMENTS.md)
 #   SHORT=1 bash quickstart.sh  every step, a few training steps each: for CI, scores mean nothing
+#   ONLY_DATA=1 bash quickstart.sh  stops when the data are there
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
@@ -70,6 +71,9 @@ verifying=$!
 "$PYTHON" -m data_prep.train_text_tokenizer $DATA/pairs-train $DATA/text-train $DATA/vqa-train $DATA/nlvr2-train \
   --vocab-size 448 --lowercase --out $DATA/tokenizer.json
 wait $verifying
+if [ -n "${ONLY_DATA:-}" ]; then
+  exit
+fi
 
 say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain

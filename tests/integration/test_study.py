@@ -25,6 +25,7 @@ from mhmoe_vl.study.__main__ import main, state_of, write_results
 from mhmoe_vl.study.cells import Plan
 from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.execute import chosen_factor, directory_of, require_same_study, run_all, try_cell
+from mhmoe_vl.study.results import collect
 from mhmoe_vl.train import run
 from mhmoe_vl.train.metrics import read_metrics
 from tests.integration.runs import fine_tuning, pretraining, write_config
@@ -60,7 +61,7 @@ def plan_of(tree: dict[str, Any]) -> Plan:
 
 def tables(plan: Plan) -> dict[str, Any]:
     """Everything that does not come from a clock."""
-    write_results(plan)
+    write_results(plan, collect(plan))
     found = json.loads((plan.out / "study.json").read_text())
     found.pop("timing")
     found.pop("config")  # has paths
