@@ -25,7 +25,6 @@ from mhmoe_vl.evaluation.results_files import write_text
 from mhmoe_vl.study.cells import Cell, Plan
 from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.cost import costs_of, mismatches, require_parity
-from mhmoe_vl.study.document import write_document
 from mhmoe_vl.study.execute import (
     directory_of,
     has_diverged,
@@ -36,7 +35,6 @@ from mhmoe_vl.study.execute import (
     run_all,
     try_cell,
 )
-from mhmoe_vl.study.page import render_page
 from mhmoe_vl.study.results import Results, as_json, collect
 from mhmoe_vl.study.tables import markdown, timing_markdown
 from mhmoe_vl.study.workers import run_workers
@@ -106,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = collect(plan)
             paths = write_results(plan, results)
             if arguments.document is not None:
+                from mhmoe_vl.study.document import write_document
+
                 # What does not change the results is left out: however they came about, the page is the same.
                 given = ["--config", arguments.config, "--document", str(arguments.document), *arguments.overrides]
                 command = shlex.join(["python", "-m", "mhmoe_vl.study", *given])
@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_results(plan: Plan, results: Results) -> list[Path]:
     """``study.json``, the tables and the page, of what is finished."""
+    from mhmoe_vl.study.page import render_page  # matplotlib takes seconds to import, and workers draw nothing
+
     texts = {
         "config.yaml": dump_config(plan.config),
         "study.json": json.dumps(as_json(results), indent=1) + "\n",
