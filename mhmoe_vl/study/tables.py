@@ -250,7 +250,7 @@ def other_figures(results: Results, task: str) -> list[str]:
     return ["### Other figures, not tested", "", *(line for table in tables for line in (*table_lines(table), ""))]
 
 
-def timingtable_lines(results: Results) -> str:
+def timing_markdown(results: Results) -> str:
     """Times, which no two runs of a study have in common."""
     lines = [f"# {results.plan.config.title}: times", ""]
     lines += ["Comparable only between runs on one quiet machine with one worker.", ""]
