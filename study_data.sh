@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Data of configs/study/main.yaml: shards and tokenizers from public texts, and the scenes of the quickstart, unless they are
-# there already. docs/study.md says where the texts come from.
+# Data of configs/study/main.yaml: shards and tokenizers from public texts, and the scenes of the quickstart. What is there already
+# is left as it is. docs/study.md says where the texts come from.
 #
 #   TEXT=/path/to/texts bash study_data.sh      two minutes on two CPU cores
 set -euo pipefail
@@ -15,6 +15,10 @@ LANGUAGES=(ar de el en es hi ro ru th tr vi zh swh ukr)
 
 if [ ! -f $SCENES/tokenizer.json ]; then
   ONLY_DATA=1 bash quickstart.sh
+fi
+LAST=$DATA/tokenizer-multimodal.json
+if [ -f $LAST ]; then
+  exit
 fi
 rm -rf "$DATA"
 mkdir -p "$DATA"
@@ -46,4 +50,4 @@ for split in train val; do
   "$PYTHON" -m data_prep.pack_text $DATA/captions-$split.txt --out $DATA/captions-$split
 done
 "$PYTHON" -m data_prep.train_text_tokenizer $SCENES/pairs-train $SCENES/vqa-train $SCENES/nlvr2-train $DATA/captions-train \
-  --vocab-size 1000 --lowercase --out $DATA/tokenizer-multimodal.json
+  --vocab-size 1000 --lowercase --out $LAST
