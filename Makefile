@@ -21,6 +21,10 @@ quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report
 study-smoke: install ## a whole comparison of kinds in two minutes; its numbers mean nothing
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash study_smoke.sh
 
+study: install ## the main comparison on real texts: make study TEXT=folder (docs/study.md); more than an hour
+	PATH="$(CURDIR)/$(BIN):$$PATH" TEXT="$(TEXT)" bash study_data.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m mhmoe_vl.study --config configs/study/main.yaml --workers 2 --document docs/RESULTS.md
+
 test: install ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
@@ -36,6 +40,6 @@ bench: install ## time layers of all kinds, the expert layer against its floor, 
 	$(BIN)/python -m benchmarks.train
 
 clean: ## remove the environment, runs and sample data
-	rm -rf $(VENV) runs data/quickstart data/study-smoke
+	rm -rf $(VENV) runs data/quickstart data/study data/study-smoke
 
-.PHONY: help install quickstart study-smoke test check bench clean
+.PHONY: help install quickstart study-smoke study test check bench clean

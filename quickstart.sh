@@ -4,6 +4,7 @@
 #
 #   bash quickstart.sh          10 to 11 minutes, 2.9 GB on two busy cores (docs/EXPERIMENTS.md)
 #   SHORT=1 bash quickstart.sh  every step, a few training steps each: for CI, scores mean nothing
+#   ONLY_DATA=1 bash quickstart.sh  stops when the data are there
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
@@ -84,6 +85,9 @@ fitting=$!
   --vocab-size 448 --lowercase --out $DATA/tokenizer.json
 "$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train
 wait $fitting
+if [ -n "${ONLY_DATA:-}" ]; then
+  exit
+fi
 
 say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain

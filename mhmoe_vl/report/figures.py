@@ -27,6 +27,18 @@ _SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
 _THEME = {_INK: "currentColor", _GRID: "var(--line)", _BASELINE: "var(--baseline)"} | {
     stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_SERIES, start=1)
 }
+#: The light theme, for pictures without a page.
+_PLAIN = {
+    "currentColor": "#22252a",
+    "var(--line)": "#dfe1e0",
+    "var(--baseline)": "#b4b8bc",
+    "var(--series-1)": "#2f6690",
+    "var(--series-2)": "#b5632a",
+    "var(--series-3)": "#3f8a76",
+    "var(--series-4)": "#7d5a9b",
+    "var(--series-5)": "#8c6d1f",
+    "var(--series-6)": "#a04668",
+}
 #: Colours of the modalities wherever they are told apart.
 _MODALITY_COLORS = {"vision": _SERIES[0], "text": _SERIES[1]}
 
@@ -148,6 +160,67 @@ def bands(series: Mapping[str, Band], *, xlabel: str, ylabel: str, name: str, lo
 
     num_rows = -(-len(series) // 2)
     return _draw(draw, size=(_PANEL[0], _PANEL[1] + 0.17 * num_rows), name=name)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between ``low`` and ``high``.
+
+    Attributes:
+        is_marked: drawn in colour; otherwise grey.
+        other: somebody else's value, drawn as a ring.
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    is_marked: bool
+    other: float | None = None
+
+
+def forest(intervals: Sequence[Interval], *, xlabel: str, name: str, other_label: str = "") -> str:
+    """Values with their intervals, one below the other, against 0.
+
+    Args:
+        intervals: from top to bottom.
+        other_label: what the rings are.
+    """
+
+    def draw(axes: Axes) -> None:
+        rows = range(len(intervals))[::-1]
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        for row, interval in zip(rows, intervals, strict=True):
+            color = _SERIES[0] if interval.is_marked else _BASELINE
+            axes.plot([interval.low, interval.high], [row, row], color=color, linewidth=1.8, solid_capstyle="butt")
+            axes.plot([interval.value], [row], "o", color=color, markersize=5)
+        others = [(i.other, row) for i, row in zip(intervals, rows, strict=True) if i.other is not None]
+        if others:
+            x, y = zip(*others, strict=True)
+            axes.plot(
+                x, y, "o", color=_SERIES[1], markerfacecolor="none", markersize=6, label=other_label, linestyle=""
+            )
+            _legend_above(axes)
+        axes.set_yticks(list(rows), [interval.label for interval in intervals])
+        axes.set_ylim(-0.6, len(intervals) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(xlabel)
+
+    return _draw(draw, size=(6.5, 0.9 + 0.23 * len(intervals)), name=name)
+
+
+def standalone(svg: str) -> str:
+    """A figure of a page as a file of its own: in the colours of the light theme, on white, at the size of the page."""
+    for color, plain in _PLAIN.items():
+        svg = svg.replace(color, plain)
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert found is not None
+    width, height = (round(float(points) * _PIXELS_PER_INCH / 72) for points in found.groups())
+    svg = re.sub(r' style="max-width: \d+px"', f' width="{width}" height="{height}"', svg, count=1)
+    end = svg.index(">") + 1
+    return svg[:end] + '\n <rect width="100%" height="100%" fill="#ffffff"/>' + svg[end:]
 
 
 def pool_curves(series: Mapping[str, Points], *, ylabel: str, name: str, xlabel: str = "step") -> str:

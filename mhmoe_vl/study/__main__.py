@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,7 @@ from mhmoe_vl.study.execute import (
     run_all,
     try_cell,
 )
-from mhmoe_vl.study.page import render_page
-from mhmoe_vl.study.results import as_json, collect
+from mhmoe_vl.study.results import Results, as_json, collect
 from mhmoe_vl.study.tables import markdown, timing_markdown
 from mhmoe_vl.study.workers import run_workers
 
@@ -52,12 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--cell", metavar="NAME", help="run this cell alone")
     what.add_argument("--only-run", action="store_true", help="run what is not finished, write no results")
     what.add_argument("--only-report", action="store_true", help="write the results of what is finished")
+    parser.add_argument(
+        "--document",
+        type=Path,
+        metavar="FILE",
+        help="write the results as Markdown too, such as docs/RESULTS.md, with pictures in docs/results/",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings of the study that override the file")
     arguments = parser.parse_args(argv)
     rank = launched_rank()
     with exit_on_user_error(rank=rank, is_shared=True):
         if arguments.workers < 1:
             raise ConfigError(f"--workers: {arguments.workers} must be 1 or more")
+        if arguments.document and (arguments.list or arguments.dry_run or arguments.cell or arguments.only_run):
+            raise ConfigError(
+                "--document: is written where results are: leave out --list, --dry-run, --cell, --only-run"
+            )
         if launched_world_size() > 1 and arguments.cell is None:
             raise ConfigError("torchrun trains one cell on several processes: name it with --cell; --list shows them")
         plan = Plan(load_config(StudyConfig, arguments.config, arguments.overrides))
@@ -91,14 +101,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 run_all(plan)
         if not arguments.only_run:
-            for path in write_results(plan):
-                sys.stdout.write(f"{path}\n")
+            results = collect(plan)
+            paths = write_results(plan, results)
+            if arguments.document is not None:
+                from mhmoe_vl.study.document import write_document
+
+                # What does not change the results is left out: however they came about, the page is the same.
+                given = ["--config", arguments.config, "--document", str(arguments.document), *arguments.overrides]
+                command = shlex.join(["python", "-m", "mhmoe_vl.study", *given])
+                paths += write_document(results, arguments.document, command=command)
+            sys.stdout.writelines(f"{path}\n" for path in paths)
     return 0
 
 
-def write_results(plan: Plan) -> list[Path]:
+def write_results(plan: Plan, results: Results) -> list[Path]:
     """``study.json``, the tables and the page, of what is finished."""
-    results = collect(plan)
+    from mhmoe_vl.study.page import render_page  # matplotlib takes seconds to import, and workers draw nothing
+
     texts = {
         "config.yaml": dump_config(plan.config),
         "study.json": json.dumps(as_json(results), indent=1) + "\n",

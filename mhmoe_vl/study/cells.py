@@ -73,6 +73,7 @@ class Plan:
         self.config = config
         self.out = Path(config.out)
         self.arms = _arms_of(config)
+        self._require_fine_tuned_arms()
         self._loaded: dict[tuple[str, str | None, str], RunConfig] = {}
         # Problems of any cell are found before the first one runs.
         for cell in self.cells:
@@ -95,13 +96,35 @@ class Plan:
             for task, of_task in tasks:
                 cells += [Cell("train", task, arm, seed) for arm in self.arms]
                 cells += [
-                    Cell("fine", task, arm, seed, None, name) for name in of_task.fine_tunings for arm in self.arms
+                    Cell("fine", task, arm, seed, None, name)
+                    for name in of_task.fine_tunings
+                    for arm in self.fine_tuned_arms(task, name)
                 ]
         return tuple(cells)
+
+    def fine_tuned_arms(self, task: str, fine_tuning: str) -> list[Arm]:
+        names = self.config.tasks[task].fine_tunings[fine_tuning].arms
+        return [arm for arm in self.arms if names is None or not {arm.name, arm.family}.isdisjoint(names)]
 
     @property
     def is_swept(self) -> bool:
         return len(self.config.learning_rates.factors) > 1
+
+    def _require_fine_tuned_arms(self) -> None:
+        known = [*dict.fromkeys(name for arm in self.arms for name in (arm.name, arm.family))]
+        for task, of_task in self.config.tasks.items():
+            for name, fine_tuning in of_task.fine_tunings.items():
+                key = f"tasks.{task}.fine_tunings.{name}.arms"
+                for arm in fine_tuning.arms or ():
+                    if arm not in known:
+                        raise ConfigError(
+                            f"{key}: '{arm}' is not an arm{suggest(arm, known)}; arms: {', '.join(known)}"
+                        )
+                if fine_tuning.after is not None:
+                    before = self.fine_tuned_arms(task, fine_tuning.after)
+                    missing = [arm.name for arm in self.fine_tuned_arms(task, name) if arm not in before]
+                    if missing:
+                        raise ConfigError(f"{key}: {', '.join(missing)} is not among those of '{fine_tuning.after}'")
 
     def cell(self, name: str) -> Cell:
         """Raises:

@@ -50,20 +50,38 @@ class EvaluationConfig(Config):
         return (self.data,) if isinstance(self.data, str) else self.data
 
 
+class PublishedConfig(Config):
+    """Somebody else's figures, which are printed beside the study's.
+
+    Attributes:
+        source: where they are printed, such as ``arXiv 2404.15045, table 1``.
+        is_perplexity: they are perplexities, and the study's figure is in nats.
+        values: by arm, such as ``mhmoe-8``.
+    """
+
+    source: str
+    is_perplexity: bool = False
+    values: dict[Name, float]
+
+
 class FineTuningConfig(Config):
     """A run that starts from the weights of another one of the same arm and seed.
 
     Attributes:
         config: file of the run; its ``out``, ``init_from``, ``seed`` and model kind are the study's.
         after: the fine-tuning whose weights it starts from; None: the task's own run.
+        arms: those that are fine-tuned, such as ``mhmoe-8``, or ``mhmoe`` for all its numbers of experts; None: all.
         metrics: figures of the last validation, besides the score of the evaluation.
+        published: beside the score of the evaluation.
     """
 
     config: str
     overrides: Overrides = ()
     after: str | None = None
+    arms: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     metrics: tuple[str, ...] = ()
     evaluation: EvaluationConfig | None = None
+    published: PublishedConfig | None = None
 
 
 class TaskConfig(Config):
@@ -74,12 +92,17 @@ class TaskConfig(Config):
         overrides: ``a.b=c`` settings of the runs of this task.
         metrics: figures of the validation, such as ``mlm`` or ``lm``; learning rates are chosen by the first, whose
             smallest value is best.
+        other_metrics: figures that are shown with their intervals and are not tested. All tests of a study are
+            corrected together: the fewer there are, the more each can find.
+        published: beside the first metric.
         fine_tunings: by name.
     """
 
     config: str
     overrides: Overrides = ()
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    other_metrics: tuple[str, ...] = ()
+    published: PublishedConfig | None = None
     fine_tunings: dict[Name, FineTuningConfig] = Field(default_factory=dict)
 
 
@@ -108,6 +131,9 @@ class StudyConfig(Config):
         seeds: of the runs that are compared; arms are paired by them.
         comparisons: pairs of arms, the second being the reference. Empty: every arm with ``baseline``.
         confidence: of intervals, and of all verdicts together.
+        variance: where the error of a difference comes from: the differences of those two arms alone (``own``), or the
+            scatter of all arms about the means of arms and seeds (``pooled``), which few seeds need, and which takes
+            it to be the same in all arms.
         keep_checkpoints: of finished runs, whose weights stay anyhow.
     """
 
@@ -123,6 +149,7 @@ class StudyConfig(Config):
     baseline: str
     comparisons: tuple[tuple[str, str], ...] = ()
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    variance: Literal["own", "pooled"] = "own"
     keep_checkpoints: bool = False
 
     @model_validator(mode="after")
@@ -139,6 +166,9 @@ class StudyConfig(Config):
                 raise ValueError(f"comparisons: '{arm}' is compared with itself; give it a second arm with seed_offset")
         for task, config in self.tasks.items():
             _require_order(task, config)
+            twice = sorted({name for name in config.other_metrics if name in config.metrics})
+            if twice:
+                raise ValueError(f"tasks.{task}.other_metrics: '{twice[0]}' is among its metrics already")
         return self
 
     @property

@@ -20,6 +20,8 @@ from mhmoe_vl.study.tables import (
     Table,
     comparison_table,
     cost_table,
+    figure_differences_table,
+    figures_table,
     method_sentences,
     noise_sentence,
     outcome_table,
@@ -46,6 +48,7 @@ class TaskSection:
 
     name: str
     outcomes: list[OutcomeSection]
+    others: list[Table]
     costs: Table
     sweep: Table | None
     timing: Table
@@ -57,7 +60,8 @@ def render_page(results: Results) -> str:
     tasks = [
         TaskSection(
             name=task,
-            outcomes=[_outcome(results, outcome) for outcome in results.outcomes if outcome.task == task],
+            outcomes=[_outcome(results, outcome) for outcome in results.outcomes_of(task, are_tested=True)],
+            others=_others(results.outcomes_of(task, are_tested=False)),
             costs=cost_table(results, task),
             sweep=sweep_table(results, task) if results.plan.is_swept else None,
             timing=timing_table(results, task),
@@ -92,40 +96,64 @@ def _outcome(results: Results, outcome: Outcome) -> OutcomeSection:
     )
 
 
+def _others(outcomes: list[Outcome]) -> list[Table]:
+    return [figures_table(outcomes), figure_differences_table(outcomes)] if outcomes else []
+
+
 def _panels(results: Results, outcome: Outcome) -> list[Panel]:
     """Against steps, FLOPs and time, for every number of experts."""
+    return [
+        Panel(f"Against {axis.name}" + ("" if number is None else f", {number} experts"), figure)
+        for number, arms in groups_of(results.plan.arms)
+        for axis in AXES
+        if (
+            figure := curves_of(
+                results, outcome, arms, axis, name=f"{outcome.task}/{outcome.name}/{number}/{axis.name}"
+            )
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What curves are drawn against."""
+
+    name: str
+    label: str
+    position: Callable[[CurvePoint, ArmCost], float]
+
+
+STEPS = Axis("steps", "step", lambda point, cost: point.step)
+TIME = Axis("time", "seconds of training", lambda point, cost: point.seconds)
+AXES = (
+    STEPS,
+    Axis("compute", "training FLOPs", lambda point, cost: point.step * cost.training_flops_per_step),
+    TIME,
+)
+
+
+def curves_of(results: Results, outcome: Outcome, arms: Sequence[Arm], axis: Axis, *, name: str) -> str | None:
+    """SVG of a figure on the way, with bands over the seeds; None if no validation has it.
+
+    Args:
+        name: of the picture, unlike every other's on a page.
+    """
     curves = results.curves[outcome.task].get(outcome.name)
     if curves is None:
-        return []
+        return None
     costs = results.costs[outcome.task]
     in_nats = outcome.unit == "nats"
-    axes: list[tuple[str, str, Callable[[CurvePoint, ArmCost], float]]] = [
-        ("steps", "step", lambda point, cost: point.step),
-        ("compute", "training FLOPs", lambda point, cost: point.step * cost.training_flops_per_step),
-        ("time", "seconds of training", lambda point, cost: point.seconds),
-    ]
-    panels = []
-    for number, arms in _groups(results.plan.arms):
-        behind = "" if number is None else f", {number} experts"
-        for against, xlabel, position in axes:
-            series = {
-                arm.name: band
-                for arm in arms
-                if (band := _band(list(curves[arm.name].values()), costs[arm.name], position, in_nats=in_nats))
-            }
-            if series:
-                figure = bands(
-                    series,
-                    xlabel=xlabel,
-                    ylabel="perplexity" if in_nats else outcome.name,
-                    name=f"{outcome.task}/{outcome.name}/{number}/{against}",
-                    log=in_nats,
-                )
-                panels.append(Panel(f"Against {against}{behind}", figure))
-    return panels
+    series = {
+        arm.name: band
+        for arm in arms
+        if (band := _band(list(curves[arm.name].values()), costs[arm.name], axis.position, in_nats=in_nats))
+    }
+    if not series:
+        return None
+    return bands(series, xlabel=axis.label, ylabel="perplexity" if in_nats else outcome.name, name=name, log=in_nats)
 
 
-def _groups(arms: Sequence[Arm]) -> list[tuple[int | None, list[Arm]]]:
+def groups_of(arms: Sequence[Arm]) -> list[tuple[int | None, list[Arm]]]:
     """Arms that are looked at together: those of each number of experts, and with each those that have none."""
     numbers = list(dict.fromkeys(arm.num_experts for arm in arms if arm.num_experts is not None))
     if not numbers:

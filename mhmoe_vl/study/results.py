@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mhmoe_vl
+from mhmoe_vl.evaluation.score_card import ScoreCard
 from mhmoe_vl.report.collect import read_score_card
 from mhmoe_vl.study.cells import Arm, Cell, Plan
+from mhmoe_vl.study.config import PublishedConfig, TaskConfig
 from mhmoe_vl.study.cost import ArmCost, Mismatch, costs_of, mismatches
 from mhmoe_vl.study.execute import (
     chosen_factor,
@@ -29,6 +31,7 @@ from mhmoe_vl.study.statistics import (
     holm,
     noise_floor,
     paired_difference,
+    residual_scatter,
     summarize,
     verdict,
 )
@@ -59,6 +62,8 @@ class ArmResult:
         summary: None if no seed has the figure yet.
         perplexity: mean and deviation of exp(value), for figures in nats.
         diverged: seeds whose run diverged; they have no value.
+        baselines: of a score: mean over seeds of the best constant answer (``majority``) and of what does not see the
+            image (``blind``), and the scored items (``n``), as far as the evaluation has them.
     """
 
     arm: str
@@ -66,6 +71,7 @@ class ArmResult:
     summary: Summary | None
     perplexity: Summary | None
     diverged: list[int]
+    baselines: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Comparison:
     """One figure of two arms.
 
     Attributes:
-        adjusted_p: by Holm's method over all comparisons of the study.
+        adjusted_p: by Holm's method over all comparisons of the study that are tested; None where this one is not.
+        published: the difference that somebody else has found.
     """
 
     arm: str
@@ -81,6 +88,7 @@ class Comparison:
     difference: PairedDifference | None
     adjusted_p: float | None
     verdict: str
+    published: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Outcome:
         name: such as ``mlm``, or ``vqa: score``.
         unit: ``nats``, ``points`` of a score in percent, or empty.
         noise: how far the seeds of an arm lie apart.
+        is_tested: False for figures that are only shown.
+        published: what somebody else has found.
     """
 
     task: str
@@ -99,6 +109,8 @@ class Outcome:
     arms: list[ArmResult]
     comparisons: list[Comparison]
     noise: NoiseFloor | None
+    is_tested: bool
+    published: PublishedConfig | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,9 @@ class Results:
         """Those with a p-value, which Holm's method corrects together."""
         return sum(c.adjusted_p is not None for outcome in self.outcomes for c in outcome.comparisons)
 
+    def outcomes_of(self, task: str, *, are_tested: bool) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if (outcome.task, outcome.is_tested) == (task, are_tested)]
+
     @property
     def is_complete(self) -> bool:
         return self.num_finished == len(self.plan.cells)
@@ -163,6 +178,7 @@ def collect(plan: Plan) -> Results:
         for task, config in plan.config.tasks.items()
         for outcome in (
             *(_outcome(plan, task, metric, None) for metric in config.metrics),
+            *(_outcome(plan, task, metric, None) for metric in config.other_metrics),
             *(
                 _outcome(plan, task, metric, name)
                 for name, fine_tuning in config.fine_tunings.items()
@@ -199,7 +215,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "costs": {task: {arm: asdict(cost) for arm, cost in of.items()} for task, of in results.costs.items()},
         "mismatches": [asdict(mismatch) for mismatch in results.mismatches],
         "sweeps": [asdict(sweep) for sweep in results.sweeps],
-        "outcomes": [asdict(outcome) for outcome in results.outcomes],
+        "outcomes": [_outcome_as_json(outcome) for outcome in results.outcomes],
         "num_comparisons": results.num_comparisons,
         "curves": {
             task: {
@@ -230,12 +246,19 @@ def as_json(results: Results) -> dict[str, Any]:
     }
 
 
+def _outcome_as_json(outcome: Outcome) -> dict[str, Any]:
+    published = outcome.published
+    return asdict(replace(outcome, published=None)) | {"published": published and published.model_dump(mode="json")}
+
+
 def _outcome(plan: Plan, task: str, figure: str, fine_tuning: str | None) -> Outcome:
     arms = []
     is_in_nats = False
-    for arm in plan.arms:
+    shown = plan.arms if fine_tuning is None else plan.fine_tuned_arms(task, fine_tuning)
+    for arm in shown:
         values: dict[int, float] = {}
         diverged = []
+        cards: list[ScoreCard] = []
         for cell in _cells(plan, task, arm, fine_tuning):
             directory = directory_of(plan, cell)
             if has_diverged(directory):
@@ -243,7 +266,8 @@ def _outcome(plan: Plan, task: str, figure: str, fine_tuning: str | None) -> Out
                 continue
             evaluation = plan.evaluation(cell)
             if figure == "score" and evaluation is not None:
-                values[cell.seed] = read_score_card(directory / score_card_name(evaluation)).score
+                cards.append(read_score_card(directory / score_card_name(evaluation)))
+                values[cell.seed] = cards[-1].score
                 continue
             last = read_metrics(directory, "validation")[-1:]
             if last and last[0].get(figure) is not None:
@@ -257,35 +281,74 @@ def _outcome(plan: Plan, task: str, figure: str, fine_tuning: str | None) -> Out
                 summary=summarize(list(values.values())) if values else None,
                 perplexity=summarize(perplexities) if values and is_in_nats else None,
                 diverged=diverged,
+                baselines=_baselines(cards),
             )
         )
     by_name = {result.arm: result for result in arms}
+    config = plan.config
+    is_pooled = config.variance == "pooled"
+    scatter = residual_scatter([result.values for result in arms if result.values]) if is_pooled else None
+    is_score = figure == "score" and fine_tuning is not None
+    published = _published(config.tasks[task], figure, fine_tuning)
     comparisons = [
         Comparison(
             arm.name,
             reference.name,
             paired_difference(
-                by_name[arm.name].values, by_name[reference.name].values, confidence=plan.config.confidence
+                by_name[arm.name].values, by_name[reference.name].values, confidence=config.confidence, scatter=scatter
             ),
             None,
             "",
+            None if published is None else _published_difference(published, arm.name, reference.name),
         )
         for arm, reference in plan.comparisons
+        if arm in shown and reference in shown
     ]
-    is_score = figure == "score" and fine_tuning is not None
     return Outcome(
         task=task,
         name=figure if fine_tuning is None else f"{fine_tuning}: {figure}",
         unit="nats" if is_in_nats else "points" if is_score else "",
         arms=arms,
         comparisons=comparisons,
-        noise=noise_floor([list(result.values.values()) for result in arms], confidence=plan.config.confidence),
+        noise=noise_floor([list(result.values.values()) for result in arms], confidence=config.confidence),
+        is_tested=fine_tuning is not None or figure in config.tasks[task].metrics,
+        published=published,
     )
+
+
+def _baselines(cards: Sequence[ScoreCard]) -> dict[str, float]:
+    """Those that all evaluations have."""
+    found = {}
+    for name in ("majority", "blind", "n"):
+        values = [value for card in cards if (value := getattr(card, name)) is not None]
+        if values and len(values) == len(cards):
+            found[name] = statistics.fmean(values)
+    return found
+
+
+def _published(task: TaskConfig, figure: str, fine_tuning: str | None) -> PublishedConfig | None:
+    if fine_tuning is not None:
+        return task.fine_tunings[fine_tuning].published if figure == "score" else None
+    return task.published if figure == task.metrics[0] else None
+
+
+def _published_difference(published: PublishedConfig, arm: str, reference: str) -> float | None:
+    """In nats where the figures are perplexities."""
+    if not {arm, reference} <= published.values.keys():
+        return None
+    value, of_reference = published.values[arm], published.values[reference]
+    return math.log(value / of_reference) if published.is_perplexity else value - of_reference
 
 
 def _corrected(plan: Plan, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """With p-values corrected for all comparisons of the study at once, and the verdicts that follow."""
-    tested = [c for outcome in outcomes for c in outcome.comparisons if c.difference and c.difference.p is not None]
+    tested = [
+        c
+        for outcome in outcomes
+        if outcome.is_tested
+        for c in outcome.comparisons
+        if c.difference and c.difference.p is not None
+    ]
     adjusted = iter(holm([c.difference.p for c in tested if c.difference and c.difference.p is not None]))
     return [
         replace(outcome, comparisons=[_judged(plan, outcome, c, adjusted) for c in outcome.comparisons])
@@ -296,12 +359,14 @@ def _corrected(plan: Plan, outcomes: Sequence[Outcome]) -> list[Outcome]:
 def _judged(plan: Plan, outcome: Outcome, comparison: Comparison, adjusted: Iterator[float]) -> Comparison:
     arm, reference, difference = comparison.arm, comparison.reference, comparison.difference
     if difference is None:
-        return Comparison(arm, reference, None, None, f"{arm} and {reference}: no seed in common yet")
+        return replace(comparison, verdict=f"{arm} and {reference}: no seed in common yet")
+    if not outcome.is_tested:
+        return replace(comparison, verdict=f"{arm} and {reference}: not tested")
     p = None if difference.p is None else next(adjusted)
     text = verdict(arm, reference, difference, p, unit=outcome.unit, confidence=plan.config.confidence)
     if outcome.unit == "nats" and p is not None and p < 1 - plan.config.confidence:
         text += f" (perplexity {math.expm1(difference.mean):+.1%})"
-    return Comparison(arm, reference, difference, p, text)
+    return replace(comparison, adjusted_p=p, verdict=text)
 
 
 def _cells(plan: Plan, task: str, arm: Arm, fine_tuning: str | None = None) -> list[Cell]:

@@ -4,6 +4,10 @@ Two arms of a study see the same data in the same order from the same weights wh
 Their results are therefore compared in pairs, and what a seed does to both drops out. Intervals and p-values are
 Student's, for the mean of the differences; several comparisons are corrected by Holm's method (Scandinavian Journal of
 Statistics 6, 1979), which needs no independence.
+
+Three pairs have two degrees of freedom, with which next to nothing survives a correction for many comparisons. All arms
+together have more: they are a randomised complete block design, with the seeds as its blocks (Montgomery, Design and
+Analysis of Experiments, chapter 4). :func:`residual_scatter` is its residual; the scatter has to be alike in all arms.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,40 @@ class PairedDifference:
         return None if self.margin is None else (self.mean - self.margin, self.mean + self.margin)
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """What is left of the results once the means of arms and of seeds are taken out.
+
+    Attributes:
+        sd: standard deviation of a single result.
+        degrees: of freedom of ``sd``.
+    """
+
+    sd: float
+    degrees: int
+
+
+def residual_scatter(arms: Sequence[Mapping[int, float]]) -> Scatter | None:
+    """Over the seeds that all ``arms`` have; None with fewer than two arms or two such seeds.
+
+    Args:
+        arms: results of each arm by seed. With two of them this is the scatter of their differences over sqrt(2).
+    """
+    seeds = sorted(set.intersection(*(set(arm) for arm in arms))) if arms else []
+    degrees = (len(arms) - 1) * (len(seeds) - 1)
+    if degrees <= 0:
+        return None
+    of_arm = [statistics.fmean(arm[seed] for seed in seeds) for arm in arms]
+    of_seed = [statistics.fmean(arm[seed] for arm in arms) for seed in seeds]
+    mean = statistics.fmean(of_arm)
+    squares = math.fsum(
+        (arm[seed] - arm_mean - seed_mean + mean) ** 2
+        for arm, arm_mean in zip(arms, of_arm, strict=True)
+        for seed, seed_mean in zip(seeds, of_seed, strict=True)
+    )
+    return Scatter(math.sqrt(squares / degrees), degrees)
+
+
 def summarize(values: Sequence[float]) -> Summary:
     """Of the results of at least one run."""
     sd = statistics.stdev(values) if len(values) > 1 else None
@@ -65,27 +103,40 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(
-    arm: Mapping[int, float], reference: Mapping[int, float], *, confidence: float = 0.95
+    arm: Mapping[int, float],
+    reference: Mapping[int, float],
+    *,
+    confidence: float = 0.95,
+    scatter: Scatter | None = None,
 ) -> PairedDifference | None:
     """``arm`` minus ``reference``, by seed; None if they have no seed in common.
 
     Args:
         arm, reference: results by seed.
         confidence: of the interval, between 0 and 1.
+        scatter: of single results, where the error is not to come from the differences themselves.
     """
     differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
     if not differences:
         return None
     of_pairs = summarize(differences)
-    standard_error = of_pairs.standard_error
+    standard_error, degrees = of_pairs.standard_error, of_pairs.n - 1
     if standard_error is None:
         return PairedDifference(1, of_pairs.mean, None, None, None)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, of_pairs.n - 1))
+    # Arms that agree to the last bit have no error, whatever the others do.
+    if scatter is not None and (of_pairs.mean, standard_error) != (0, 0):
+        standard_error, degrees = scatter.sd * math.sqrt(2 / of_pairs.n), scatter.degrees
+    quantile = _quantile(confidence, degrees)
     if standard_error == 0:
         p = 1.0 if of_pairs.mean == 0 else 0.0
     else:
-        p = 2 * float(stats.t.sf(abs(of_pairs.mean) / standard_error, of_pairs.n - 1))
+        p = 2 * float(special.stdtr(degrees, -abs(of_pairs.mean) / standard_error))
     return PairedDifference(of_pairs.n, of_pairs.mean, standard_error, quantile * standard_error, p)
+
+
+def _quantile(confidence: float, degrees: int) -> float:
+    """Student's, which two-sided intervals reach to. (``scipy.stats`` has it too, and takes seconds to import.)"""
+    return float(special.stdtrit(degrees, (1 + confidence) / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -128,7 +179,7 @@ def noise_floor(groups: Sequence[Sequence[float]], *, confidence: float = 0.95) 
         return None
     sd = math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / degrees)
     n = min(map(len, groups))
-    quantile = float(stats.t.ppf((1 + confidence) / 2, degrees))
+    quantile = _quantile(confidence, degrees)
     return NoiseFloor(sd, degrees, quantile * sd * math.sqrt(2 / n))
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.results import Comparison, Outcome, Results
-from mhmoe_vl.study.statistics import Summary, rounded, signed
+from mhmoe_vl.study.statistics import PairedDifference, Summary, rounded, signed
 
 UNKNOWN = "n/a"
+#: Columns beside a score, in this order.
+BASELINES = ("majority", "blind", "n")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Ta
     """
     speeds = {timing.arm: timing.tokens_per_second for timing in results.timings if timing.task == outcome.task}
     has_perplexity = any(result.perplexity for result in outcome.arms)
+    baselines = [name for name in BASELINES if any(name in result.baselines for result in outcome.arms)]
+    published = outcome.published
     head = ["arm", "seeds", outcome.unit or outcome.name, *(["perplexity"] if has_perplexity else []), "sd of one run"]
+    head += [*baselines, *([published.source] if published else [])]
     head += ["parameters", "FLOPs / token", "assignments / token", *(["tokens / s"] if with_speed else [])]
     rows = []
     for result in outcome.arms:
@@ -36,6 +42,8 @@ def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Ta
         row = [result.arm, seeds, mean_and_error(result.summary)]
         row += [mean_and_error(result.perplexity)] if has_perplexity else []
         row.append(UNKNOWN if sd is None else f"{sd:.2g}")
+        row += [_baseline(name, result.baselines.get(name)) for name in baselines]
+        row += ["" if (value := published.values.get(result.arm)) is None else f"{value:g}"] if published else []
         cost = results.costs[outcome.task][result.arm]
         row += [f"{n:,}" for n in (cost.num_params, cost.flops_per_token, cost.num_assignments_per_token)]
         speed = speeds.get(result.arm)
@@ -44,16 +52,56 @@ def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Ta
     return Table(tuple(head), rows)
 
 
+def _baseline(name: str, value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.0f}" if name == "n" else f"{value:.2f}"
+
+
+def figures_table(outcomes: Sequence[Outcome]) -> Table:
+    """Figures that are not tested, a column each: mean and standard error of every arm, perplexities where they are in
+    nats."""
+    rows = [
+        (arms[0].arm, *(mean_and_error(result.perplexity or result.summary) for result in arms))
+        for arms in zip(*(outcome.arms for outcome in outcomes), strict=True)
+    ]
+    return Table(("arm", *(figure_name(outcome) for outcome in outcomes)), rows)
+
+
+def figure_differences_table(outcomes: Sequence[Outcome]) -> Table:
+    """Paired differences of figures that are not tested: mean and half of the interval."""
+    rows = []
+    for comparisons in zip(*(outcome.comparisons for outcome in outcomes), strict=True):
+        first = comparisons[0]
+        rows.append((f"{first.arm} - {first.reference}", *(_difference(c.difference) for c in comparisons)))
+    return Table(("comparison", *(f"{outcome.name} {outcome.unit}".rstrip() for outcome in outcomes)), rows)
+
+
+def _difference(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return UNKNOWN
+    if not difference.margin:
+        return signed(difference.mean) if difference.mean else "0"
+    return f"{signed(difference.mean, difference.margin)} ± {rounded(difference.margin, difference.margin)}"
+
+
+def figure_name(outcome: Outcome) -> str:
+    """``de/lm`` -> ``de/lm perplexity``, where that is what is shown."""
+    return f"{outcome.name} perplexity" if outcome.unit == "nats" else outcome.name
+
+
 def comparison_table(outcome: Outcome, *, confidence: float) -> Table:
     """Paired differences with their intervals."""
-    head = ("comparison", "pairs", "difference", f"{confidence:.0%} interval", "p", "p, Holm", "verdict")
-    return Table(head, [_comparison_row(comparison) for comparison in outcome.comparisons])
+    head = ["comparison", "pairs", "difference", f"{confidence:.0%} interval"]
+    head += [outcome.published.source] if outcome.published else []
+    head += ["p", "p, Holm", "verdict"]
+    rows = [_comparison_row(comparison, has_published=bool(outcome.published)) for comparison in outcome.comparisons]
+    return Table(tuple(head), rows)
 
 
-def _comparison_row(comparison: Comparison) -> tuple[str, ...]:
+def _comparison_row(comparison: Comparison, *, has_published: bool) -> tuple[str, ...]:
     name, difference = f"{comparison.arm} - {comparison.reference}", comparison.difference
+    published = () if not has_published else ("" if comparison.published is None else signed(comparison.published),)
     if difference is None:
-        return (name, "0", UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, comparison.verdict)
+        return (name, "0", UNKNOWN, UNKNOWN, *published, UNKNOWN, UNKNOWN, comparison.verdict)
     mean = signed(difference.mean, difference.margin) if difference.margin else signed(difference.mean)
     if difference.interval is None or difference.margin is None:
         interval = UNKNOWN
@@ -63,7 +111,7 @@ def _comparison_row(comparison: Comparison) -> tuple[str, ...]:
         low, high = (signed(end, difference.margin) for end in difference.interval)
         interval = f"{low} to {high}"
     p_values = (p_value(difference.p), p_value(comparison.adjusted_p))
-    return (name, str(difference.n), mean, interval, *p_values, comparison.verdict)
+    return (name, str(difference.n), mean, interval, *published, *p_values, comparison.verdict)
 
 
 def cost_table(results: Results, task: str) -> Table:
@@ -133,6 +181,7 @@ def method_sentences(results: Results) -> list[str]:
         "Values are those of the last validation: mean ± standard error over seeds. Differences are paired by seed; "
         f"± is half of Student's {config.confidence:.0%} interval of their mean, which is not corrected for the number "
         "of comparisons.",
+        _error_sentence(config.variance),
         f"Verdicts are: {results.num_comparisons} comparisons are tested together by Holm's method, so that at most "
         f"{1 - config.confidence:.0%} of such studies find any difference where there is none.",
     ]
@@ -142,7 +191,7 @@ def method_sentences(results: Results) -> list[str]:
         sentences.append(
             f"Learning rates: {tried} of the task's own were tried for every arm on seed "
             f"{config.learning_rates.seed}, and the one with the lowest validation loss was taken. "
-            "Fine-tunings are not swept."
+            f"{_reuse_sentence(config)}Fine-tunings are not swept."
         )
     else:
         sentences.append(f"Learning rates were not swept: every arm has x{factors[0]:g} of the task's own.")
@@ -155,6 +204,24 @@ def method_sentences(results: Results) -> list[str]:
     return sentences
 
 
+def _reuse_sentence(config: StudyConfig) -> str:
+    if config.learning_rates.seed not in config.seeds:
+        return ""
+    return (
+        "That seed is also one of those compared, where each arm has the best of its tries: all arms are flattered in "
+        "the same way. "
+    )
+
+
+def _error_sentence(variance: str) -> str:
+    if variance == "own":
+        return "The error of a difference comes from the differences of the two arms alone."
+    return (
+        "The error of a difference comes from the scatter of all arms about the means of arms and seeds (a randomised "
+        "block design with seeds as blocks), which is taken to be the same in all arms."
+    )
+
+
 def markdown(results: Results) -> str:
     """All that is the same whenever the study is run: everything but times."""
     config = results.plan.config
@@ -163,14 +230,24 @@ def markdown(results: Results) -> str:
         lines += [f"Unfinished: {results.num_finished} of {len(results.plan.cells)} runs.", ""]
     for task in config.tasks:
         lines += [f"## {task}", ""]
-        for outcome in (outcome for outcome in results.outcomes if outcome.task == task):
-            lines += [f"### {outcome.name}", "", *_markdown(outcome_table(results, outcome, with_speed=False)), ""]
-            lines += [*_markdown(comparison_table(outcome, confidence=config.confidence)), ""]
+        for outcome in results.outcomes_of(task, are_tested=True):
+            lines += [f"### {outcome.name}", "", *table_lines(outcome_table(results, outcome, with_speed=False)), ""]
+            lines += [*table_lines(comparison_table(outcome, confidence=config.confidence)), ""]
             lines += [noise_sentence(outcome, confidence=config.confidence), ""]
-        lines += ["### Cost", "", *_markdown(cost_table(results, task)), ""]
+        lines += other_figures(results, task)
+        lines += ["### Cost", "", *table_lines(cost_table(results, task)), ""]
         if results.plan.is_swept:
-            lines += ["### Learning rates", "", *_markdown(sweep_table(results, task)), ""]
+            lines += ["### Learning rates", "", *table_lines(sweep_table(results, task)), ""]
     return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in method_sentences(results)), ""])
+
+
+def other_figures(results: Results, task: str) -> list[str]:
+    """Lines of Markdown, none where the task has no such figures."""
+    others = results.outcomes_of(task, are_tested=False)
+    if not others:
+        return []
+    tables = (figures_table(others), figure_differences_table(others))
+    return ["### Other figures, not tested", "", *(line for table in tables for line in (*table_lines(table), ""))]
 
 
 def timing_markdown(results: Results) -> str:
@@ -178,7 +255,7 @@ def timing_markdown(results: Results) -> str:
     lines = [f"# {results.plan.config.title}: times", ""]
     lines += ["Comparable only between runs on one quiet machine with one worker.", ""]
     for task in results.plan.config.tasks:
-        lines += [f"## {task}", "", *_markdown(timing_table(results, task)), ""]
+        lines += [f"## {task}", "", *table_lines(timing_table(results, task)), ""]
     return "\n".join(lines)
 
 
@@ -195,7 +272,9 @@ def p_value(p: float | None) -> str:
     return UNKNOWN if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _markdown(table: Table) -> list[str]:
+def table_lines(table: Table) -> list[str]:
+    """Of Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -58,9 +58,12 @@ def run_workers(plan: Plan, arguments: Sequence[str], *, num_workers: int) -> No
 
 def _wait(plan: Plan, workers: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
     num_cells, num_shown = len(plan.cells), -1
+    unfinished = list(plan.cells)
     with stop_signals(announce=True) as stop, ProgressBar("cells", num_cells) as bar:
         while True:
-            num_done = sum(is_finished(plan, cell) for cell in plan.cells)
+            # What is finished stays so: a look at hundreds of cells would take time from those who run them.
+            unfinished = [cell for cell in unfinished if not is_finished(plan, cell)]
+            num_done = num_cells - len(unfinished)
             if num_done != num_shown:
                 bar.update(num_done)
                 bar.show(num_done, "finished")

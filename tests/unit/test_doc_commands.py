@@ -15,6 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from mhmoe_vl.config import load_config
+from mhmoe_vl.study.cells import Plan
+from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -72,11 +74,16 @@ def shell_of(page: Path) -> str:
 
 
 def calls_of(page: Path, folder: Path) -> list[Call]:
-    subprocess.run(["bash", "-c", PRELUDE + shell_of(page)], cwd=folder, check=True)
+    return calls_in(shell_of(page), folder)
+
+
+def calls_in(shell: str, folder: Path) -> list[Call]:
+    """Lines of Python on the command line or behind it, ``-c`` and ``-``, are no programs of the project."""
+    subprocess.run(["bash", "-c", PRELUDE + shell], cwd=folder, check=True)
     if not (folder / "calls").exists():
         return []
     calls = (folder / "calls").read_text().split("\x1e\0")[:-1]
-    return [parse(call.removesuffix("\0").split("\0")) for call in calls if "-c" not in call.split("\0")[:2]]
+    return [parse(call.removesuffix("\0").split("\0")) for call in calls if call.split("\0")[1] not in ("-c", "-")]
 
 
 def parse(call: list[str]) -> Call:
@@ -184,6 +191,29 @@ def test_the_walk_s_tokenizers_fit_its_models(walk: list[Call]) -> None:
         if config.task.kind == "pretrain":
             codebook = made[config.task.visual_codebook]
             assert (codebook.num_codes, codebook.patch_size) == (config.model.num_visual_codes, config.model.patch_size)
+
+
+def test_study_data_makes_what_the_main_study_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the scenes, quickstart.sh; of the rest, a command of study_data.sh."""
+    monkeypatch.setenv("TEXT", "official")
+    monkeypatch.setenv("PYTHON", "python")
+    scenes = tmp_path / "data/quickstart"
+    scenes.mkdir(parents=True)
+    (scenes / "tokenizer.json").touch()
+    made: dict[str, argparse.Namespace] = {}
+    for call in calls_in((ROOT / "study_data.sh").read_text(), tmp_path):
+        made |= dict.fromkeys(read_and_written(call)[1], call.parsed)
+    monkeypatch.chdir(ROOT)
+    plan = Plan(load_config(StudyConfig, Path("configs/study/main.yaml")))
+    seen = set()
+    for run in (plan.base_run(cell) for cell in plan.cells):
+        paths = {path for source in (*run.data.train.values(), *run.data.validation.values()) for path in source.paths}
+        for path in {*paths, run.data.text_tokenizer}:
+            place = next((place for place in made if is_at(path, place)), None)
+            assert place or is_at(path, "data/quickstart"), path
+            seen.add(place)
+        assert made[run.data.text_tokenizer].vocab_size <= run.model.vocab_size
+    assert {place for place in made if not place.endswith("-val")} <= seen
 
 
 def test_torchrun_would_take_run_for_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mhmoe_vl.config import dump_config, validate_config
+from mhmoe_vl.evaluation.score_card import ScoreCard
+from mhmoe_vl.study.cells import Cell, Plan
+from mhmoe_vl.study.config import StudyConfig
+from mhmoe_vl.study.results import Results, collect
 
 
 def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -34,3 +41,54 @@ def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
         "seeds": [0, 1],
         **changes,
     }
+
+
+def write_run(plan: Plan, cell: Cell, loss: float) -> None:
+    """What a finished run leaves, made up."""
+    directory = plan.out / cell.name
+    directory.mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    for step in (2, 4):
+        value = loss + (4 - step)
+        records += [
+            {"kind": "train", "step": step, "step_seconds": 0.5, "samples_per_second": 12.0},
+            {"kind": "validation", "step": step, "pair_mlm": value, "pair_mlm_perplexity": 1.0, "pair_mim": 5 * value},
+        ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cost = {"num_params": 1, "num_active_params": 1, "flops_per_token": 1, "num_assignments_per_token": 1}
+    (directory / "cost.json").write_text(json.dumps(cost))
+    (directory / "config.yaml").write_text(dump_config(plan.base_run(cell)))
+    (directory / "model.safetensors").touch()
+
+
+def finished_study(folder: Path) -> Results:
+    """SMoE and MH-MoE at 4 and 8 experts, three seeds; MH-MoE is lower by 0.2, 0.21 and 0.19 at 4, and equal at 8."""
+    tree = study_tree(
+        folder,
+        arms={"smoe": {"ffn": "smoe", "num_experts": [4, 8]}, "mhmoe": {"ffn": "mhmoe", "num_experts": [4, 8]}},
+        seeds=[0, 1, 2],
+    )
+    task = tree["tasks"]["masked"]
+    task["other_metrics"] = ["pair_mim"]
+    task["published"] = {"source": "a paper", "is_perplexity": True, "values": {"smoe-4": 15, "mhmoe-4": 12}}
+    task["fine_tunings"] = {
+        "vqa": {
+            "config": task["config"],
+            "arms": ["smoe-4", "mhmoe-4"],
+            "evaluation": {"program": "vqa", "data": "unused"},
+            "published": {"source": "a paper", "values": {"smoe-4": 68.0, "mhmoe-4": 70.0}},
+        }
+    }
+    plan = Plan(validate_config(StudyConfig, tree))
+    losses = {
+        "smoe-4": (3.0, 3.5, 2.5),
+        "mhmoe-4": (2.8, 3.29, 2.31),
+        "smoe-8": (3.0, 3.1, 2.9),
+        "mhmoe-8": (3.1, 2.9, 3.0),
+    }
+    for cell in plan.cells:
+        write_run(plan, cell, losses[cell.arm.name][cell.seed])
+        if cell.kind == "fine":
+            card = ScoreCard("vqa", "accuracy", 50.0 + 10 * losses[cell.arm.name][cell.seed], 22.5, None, 80)
+            card.write(plan.out / cell.name / "vqa_score.json")
+    return collect(plan)

@@ -76,6 +76,7 @@ def test_order_of_settings(tmp_path: Path) -> None:
             "comparisons: mhmoe and smoe have no number of experts in common",
         ),
         ({"arms": {"smoe": {"ffn": "smoe", "num_experts": [4]}, "smoe-4": {"ffn": "smoe"}}}, "called 'smoe-4'"),
+        ({"variance": "shared"}, "variance: 'shared'"),
         ({"overrides": ["model.dmi=3"]}, "arm smoe of task masked: .*run.yaml: model.dmi: unknown key"),
     ],
 )
@@ -95,3 +96,33 @@ def test_fine_tunings_start_from_those_before_them(tmp_path: Path) -> None:
     cell = plan.cell("fine/masked/smoe/seed1/b")
     assert [needed.name for needed in plan.needs(cell)] == ["fine/masked/smoe/seed1/a"]
     assert [needed.name for needed in plan.needs(plan.needs(cell)[0])] == ["train/masked/smoe/seed1"]
+
+
+def test_fine_tunings_of_some_arms(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path, arms={"smoe": {"ffn": "smoe", "num_experts": [4, 8]}, "mhmoe": {"ffn": "mhmoe"}})
+    tree["comparisons"] = []
+    tree["arms"]["mhmoe"]["num_experts"] = [4, 8]
+    run = tree["tasks"]["masked"]["config"]
+
+    def arms_of(first: Any, second: Any) -> dict[str, list[str]]:
+        tree["tasks"]["masked"]["fine_tunings"] = {
+            "a": {"config": run, "arms": first}, "b": {"config": run, "after": "a", "arms": second},
+        }  # fmt: skip
+        plan = Plan(validate_config(StudyConfig, tree))
+        return {
+            name: [cell.arm.name for cell in plan.cells if (cell.fine_tuning, cell.seed) == (name, 1)]
+            for name in ("a", "b")
+        }
+
+    assert arms_of(["smoe", "mhmoe-8"], ["mhmoe-8"]) == {"a": ["smoe-4", "smoe-8", "mhmoe-8"], "b": ["mhmoe-8"]}
+    with pytest.raises(ConfigError, match=r"fine_tunings.b.arms: smoe-4 is not among those of 'a'"):
+        arms_of(["mhmoe"], ["smoe-4"])
+    with pytest.raises(ConfigError, match=r"fine_tunings.a.arms: 'mhmo-8' is not an arm .did you mean 'mhmoe-8'"):
+        arms_of(["mhmo-8"], None)
+
+
+def test_a_figure_is_tested_or_only_shown(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    tree["tasks"]["masked"]["other_metrics"] = ["pair_mlm"]
+    with pytest.raises(ConfigError, match=r"tasks.masked.other_metrics: 'pair_mlm' is among its metrics already"):
+        validate_config(StudyConfig, tree)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
-from mhmoe_vl.config import dump_config, validate_config
+from mhmoe_vl.config import validate_config
 from mhmoe_vl.study.cells import Cell, Plan
 from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.page import render_page
 from mhmoe_vl.study.results import Results, as_json, collect
 from mhmoe_vl.study.tables import markdown, timing_markdown
-from tests.unit.study.builders import study_tree
+from tests.unit.study.builders import study_tree, write_run
 
 VOID = {"meta", "img", "br", "link", "input"}
 #: Losses of the two arms by seed: MH-MoE is lower by 0.2, 0.21 and 0.19.
@@ -50,25 +49,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     )
     for arm, losses in zip(plan.arms, LOSSES.values(), strict=True):
         for seed, loss in enumerate(losses):
-            _write_run(plan, Cell("train", "masked", arm, seed), loss)
+            write_run(plan, Cell("train", "masked", arm, seed), loss)
     return collect(plan)
-
-
-def _write_run(plan: Plan, cell: Cell, loss: float) -> None:
-    directory = plan.out / cell.name
-    directory.mkdir(parents=True)
-    records: list[dict[str, Any]] = []
-    for step in (2, 4):
-        value = loss + (4 - step)
-        records += [
-            {"kind": "train", "step": step, "step_seconds": 0.5, "samples_per_second": 12.0},
-            {"kind": "validation", "step": step, "pair_mlm": value, "pair_mlm_perplexity": 1.0},
-        ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    cost = {"num_params": 1, "num_active_params": 1, "flops_per_token": 1, "num_assignments_per_token": 1}
-    (directory / "cost.json").write_text(json.dumps(cost))
-    (directory / "config.yaml").write_text(dump_config(plan.base_run(cell)))
-    (directory / "model.safetensors").touch()
 
 
 def test_numbers_and_verdicts(results: Results) -> None:
