@@ -93,7 +93,7 @@ def read_score_card(path: Path) -> ScoreCard:
     Raises:
         DataError: unreadable, or not a score card.
     """
-    fields = _read_object(path)
+    fields = run_directory.read_json_object(path)
     try:
         return ScoreCard(**fields | {"notes": tuple(fields.get("notes", ()))})
     except TypeError as error:
@@ -112,13 +112,3 @@ def cost_parity(model: ModelConfig) -> str:
         f"against the reference SMoE ({moe.num_experts} experts of width {model.ffn_dim}, top-{moe.top_k}): "
         f"FLOPs {shape.flops_mismatch:+.2%}, parameters {shape.params_mismatch:+.2%}"
     )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value

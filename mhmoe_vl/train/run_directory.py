@@ -104,8 +104,15 @@ def _read_environment(directory: Path) -> dict[str, Any]:
         DataError: not a JSON object.
     """
     path = directory / ENVIRONMENT
-    if not path.is_file():
-        return {}
+    return read_json_object(path) if path.is_file() else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run says.
+
+    Raises:
+        DataError: it cannot be read, is not JSON, or not an object.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
