@@ -44,8 +44,8 @@ class ExpertScatter:
         RC      = Tr(Sigma_W) / Tr(Sigma_B)      and, as in the paper,      Tr(Sigma_W Sigma_B^+)
 
     Both are weighted by rows, so that ``Sigma_W + Sigma_B`` is the covariance of all rows, whatever the loads are.
-    Under MH-MoE a row is a sub-token behind the head layer. If each head has experts of its own, ``mu`` is the mean of the
-    head, whose rows no expert of another head could have got.
+    Under MH-MoE a row is a sub-token behind the head layer. If each head has experts of its own, ``mu`` is the mean of
+    the head, whose rows no expert of another head could have got.
 
     Memory is ``E D + D^2``, whatever the number of rows.
 
