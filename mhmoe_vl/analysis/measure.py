@@ -233,7 +233,11 @@ class _Gathered:
         assert shape is not None, "no tokens were routed"
         pools = _pool_uses(self.stats)
         collapse = {pool: found for pool, scatter in self.scatters.items() if (found := scatter.collapse()) is not None}
-        fluctuation = {name: found for name, sums in self.fluctuations.items() if (found := sums.figures()) is not None}
+        fluctuation = {
+            name: figures
+            for name, sums in self.fluctuations.items()
+            if (figures := sums.figures()) is not None
+        }
         constant = is_constant(num_heads=shape.num_heads, num_pools=shape.num_pools)
         return ExpertAnalysis(
             run=self.config.out,
@@ -298,7 +302,7 @@ def _pool_use(name: str, stats: RoutingStats, *, is_part: bool = False) -> PoolU
         pool=name,
         is_part=is_part,
         num_rows=int(stats.num_rows),
-        load=stats.load_share_E.tolist(),
+        load=(stats.load_E.double() / stats.load_E.sum().clamp_min(1)).tolist(),
         entropy=stats.load_entropy,
         max_violation=stats.max_violation,
         overload=stats.overload,

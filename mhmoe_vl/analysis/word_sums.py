@@ -5,7 +5,8 @@ Shape suffixes: R rows of text, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,11 +48,14 @@ class WordSums:
         valid_RL = torch.ones_like(ids_RL, dtype=torch.bool) if batch.text_valid is None else batch.text_valid.cpu()
         mean_RL = torch.stack([of_layer.double() for of_layer in distinct.values()]).mean(0)
         groups_2RL = torch.full((2, *ids_RL.shape), -1)
-        for row, (ids, valid, means) in enumerate(
-            zip(ids_RL.tolist(), valid_RL.tolist(), mean_RL.tolist(), strict=True)
-        ):
-            # Padding is on the right.
-            self._add_row(ids[: sum(valid)], means, groups_2RL[:, row])
+        for row in range(ids_RL.shape[0]):
+            for text, cut_first, cut_last in self._texts(batch, row, int(valid_RL[row].sum())):
+                self._add_text(
+                    ids_RL[row, text].tolist(),
+                    mean_RL[row, text].tolist(),
+                    groups_2RL[:, row, text],
+                    slice(int(cut_first), -1 if cut_last else None),
+                )
         for groups_RL in groups_2RL:
             chosen = groups_RL >= 0
             groups = groups_RL[chosen]
@@ -63,12 +67,28 @@ class WordSums:
                 self._counts[name] = self._counts.get(name, 0) + counts
                 self._sums[name] = self._sums.get(name, 0) + sums
 
-    def _add_row(self, ids: list[int], means: list[float], groups_2L: Tensor) -> None:
+    def _texts(self, batch: Batch, row: int, length: int) -> Iterator[tuple[slice, bool, bool]]:
+        """Where the texts of a row are, less padding on the right, and whether the row cuts their first and their last
+        word: of a packed row, texts that do not begin with ``<s>``, and those that ``</s>`` does not follow."""
+        assert batch.text_ids is not None
+        if batch.text_positions is None or batch.text_targets is None:
+            yield slice(0, length), False, False
+            return
+        starts = (batch.text_positions[row, :length] == 0).nonzero().flatten().tolist()
+        for start, end in pairwise([*starts, length]):
+            is_begun = int(batch.text_ids[row, start]) != self.splitter.bos_id
+            is_broken = int(batch.text_targets[row, end - 1]) != self.splitter.eos_id
+            yield slice(start, end), is_begun, is_broken
+
+    def _add_text(self, ids: list[int], means: list[float], groups_2L: Tensor, whole: slice) -> None:
+        """Args:
+        whole: which of the words are not cut.
+        """
         pieces = self.splitter.pieces(ids)
         for place, piece in enumerate(pieces):
             if piece.word < 0:
                 groups_2L[0, place] = _GROUPS.index(SPECIAL)
-        for word in self.splitter.words(pieces):
+        for word in self.splitter.words(pieces)[whole]:
             places = list(word.places)
             groups_2L[0, places] = _GROUPS.index(word.word_class)
             if word.word_class != "punctuation":

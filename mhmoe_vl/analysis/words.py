@@ -90,6 +90,7 @@ class WordSplitter:
         self._special = {
             tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.unknown_id
         }  # fmt: skip
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
         # A token alone may be decoded without the space before it: what it adds to another one tells. Pairs repeat.
         self._added_text = lru_cache(maxsize=1 << 16)(self._decode_behind)
 
@@ -110,7 +111,7 @@ class WordSplitter:
         return found
 
     def words(self, pieces: Sequence[Piece]) -> list[Word]:
-        """The words of :meth:`pieces`, in their order."""
+        """The words of :meth:`pieces`, in their order; white space that no word follows is none."""
         places: dict[int, list[int]] = {}
         for place, piece in enumerate(pieces):
             if piece.word >= 0:
@@ -118,7 +119,8 @@ class WordSplitter:
         words = []
         for of_word in places.values():
             text = "".join(pieces[place].text for place in of_word).strip().lower()
-            words.append(Word(text, word_class(text), tuple(of_word)))
+            if text:
+                words.append(Word(text, word_class(text), tuple(of_word)))
         return words
 
     def _decode_behind(self, before: int | None, token: int) -> str:

@@ -300,7 +300,7 @@ def dots(values: Mapping[str, float], *, xlabel: str, name: str) -> str:
     """A value for each of a few names, as points on horizontal lines: their axis need not start at 0."""
 
     def draw(axes: Axes) -> None:
-        names = list(reversed(values))
+        names = list(values)[::-1]
         numbers = [values[label] for label in names]
         axes.plot(numbers, names, "o", color=_SERIES[0], markersize=5)
         for place, number in enumerate(numbers):

@@ -95,6 +95,34 @@ def test_sums_by_hand() -> None:
     assert [word.word for word in least] == ["."]
 
 
+def test_words_that_a_packed_row_cuts_are_left_out() -> None:
+    """The end of one document, a whole one, and the beginning of another."""
+    tokenizer = TextTokenizer(train_tokenizer(["x"], vocab_size=261))
+    first, second, third = (tokenizer.encode(text, max_length=99) for text in ("xab cd", "ef", "gh ijx"))
+    parts = [first[2:-1], second[:-1], third[:-2]]
+    ids = torch.tensor([[token for part in parts for token in part]])
+    positions = torch.tensor([[place for part in parts for place in range(len(part))]])
+    follows = [first[3:], second[1:], third[1:-1]]
+    targets = torch.tensor([[token for part in follows for token in part]])
+    sums = WordSums(WordSplitter(tokenizer), min_count=1)
+    batch = Batch(
+        ("a",), torch.zeros(1, dtype=torch.long), text_ids=ids, text_targets=targets, text_positions=positions
+    )
+    sums.add(batch, {"block1/text": torch.arange(ids.shape[1])[None]})
+    most, least = sums.extremes()
+    assert {word.word for word in (*most, *least)} <= {"cd", "ef", "gh"}
+    by_name = {of_class.name: of_class.num_pieces for of_class in sums.classes()}
+    # " cd", "ef" and "gh": nothing of "ab" and " ij".
+    assert by_name["content words"] == 3 + 2 + 2
+    assert by_name["special tokens"] == 2
+
+
+def test_white_space_is_no_word() -> None:
+    splitter = WordSplitter(TextTokenizer(train_tokenizer(["x"], vocab_size=261)))
+    ids = splitter._tokenizer.encode("a ", max_length=9)
+    assert [word.text for word in splitter.words(splitter.pieces(ids))] == ["a"]
+
+
 def test_rare_words_are_not_ranked() -> None:
     tokenizer = TextTokenizer(train_tokenizer(["x"], vocab_size=261))
     sums = WordSums(WordSplitter(tokenizer), min_count=2)
