@@ -82,9 +82,9 @@ def residual_scatter(arms: Sequence[Mapping[int, float]]) -> Scatter | None:
         arms: results of each arm by seed. With two of them this is the scatter of their differences over sqrt(2).
     """
     seeds = sorted(set.intersection(*(set(arm) for arm in arms))) if arms else []
-    degrees = (len(arms) - 1) * (len(seeds) - 1)
-    if degrees <= 0:
+    if len(arms) < 2 or len(seeds) < 2:
         return None
+    degrees = (len(arms) - 1) * (len(seeds) - 1)
     of_arm = [statistics.fmean(arm[seed] for seed in seeds) for arm in arms]
     of_seed = [statistics.fmean(arm[seed] for arm in arms) for seed in seeds]
     mean = statistics.fmean(of_arm)
