@@ -30,7 +30,7 @@ from mhmoe_vl.data.prepare.scene_language import (
     crowd_answers,
     text_document,
 )
-from mhmoe_vl.data.prepare.scenes import COLORS, MAX_OBJECTS, SPLITS, Scene, Split, sample_scenes, write_scene_image
+from mhmoe_vl.data.prepare.scenes import COLORS, SPLITS, Scene, Split, sample_scenes, write_scene_image
 from mhmoe_vl.errors import OutputError, exit_on_user_error
 
 # Images of the two splits never share an id; a question id is its image id times 1000 plus a number, as in VQAv2.
@@ -60,13 +60,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--image-size", type=positive_int, default=64, help="pixels a side, a multiple of 4 (default 64)"
-    )
-    parser.add_argument(
-        "--max-objects",
-        type=int,
-        choices=range(2, MAX_OBJECTS + 1),
-        default=MAX_OBJECTS,
-        help=f"in a scene; fewer are easier (default {MAX_OBJECTS})",
     )
     parser.add_argument(
         "--num-colors",
@@ -199,13 +192,15 @@ def nlvr2_lines(scenes: dict[int, Scene], split: Split, args: argparse.Namespace
 def text_lines(split: Split, args: argparse.Namespace) -> list[str]:
     """Documents about scenes of ``split`` other than the ones that are drawn."""
     rng = random.Random(f"{args.seed}/{split}/text")
-    scenes = sample_scenes(split, getattr(args, f"num_{split}_texts"), seed=args.seed, stream="text", **_variety(args))
+    scenes = sample_scenes(
+        split, getattr(args, f"num_{split}_texts"), seed=args.seed, stream="text", num_colors=args.num_colors
+    )
     return [text_document(scene, rng) for scene in scenes]
 
 
 def make_split(split: Split, args: argparse.Namespace) -> None:
     """Write everything of one split that is not there yet."""
-    drawn = sample_scenes(split, getattr(args, f"num_{split}_images"), seed=args.seed, **_variety(args))
+    drawn = sample_scenes(split, getattr(args, f"num_{split}_images"), seed=args.seed, num_colors=args.num_colors)
     scenes = dict(enumerate(drawn, start=FIRST_IMAGE_ID[split]))
     draw_images(scenes, split, args)
     graph = [{"image_id": image_id, **asdict(scene)} for image_id, scene in scenes.items()]
@@ -256,11 +251,6 @@ def _draw(job: tuple[Scene, Path, int, tuple[int, ...]]) -> None:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the content."""
     return {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
-
-
-def _variety(args: argparse.Namespace) -> dict[str, int]:
-    """How much there is to be learnt."""
-    return {"max_objects": args.max_objects, "num_colors": args.num_colors}
 
 
 def _counts(out: Path, split: Split) -> dict[str, int]:

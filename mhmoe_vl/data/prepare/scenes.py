@@ -93,12 +93,11 @@ def sample_scenes(
     *,
     seed: int,
     stream: str = "scenes",
-    max_objects: int = MAX_OBJECTS,
     num_colors: int = len(COLORS),
 ) -> list[Scene]:
     """``num_scenes`` scenes, no two with the same objects in the same cells; another ``stream`` gives other scenes.
 
-    Fewer objects and colours make scenes that are learnt sooner.
+    Fewer colours are learnt sooner.
 
     Which split a scene may belong to is a property of its objects (a checksum), so no train scene is ever a val scene,
     whatever the seeds and numbers.
@@ -106,7 +105,7 @@ def sample_scenes(
     rng = random.Random(f"{seed}/{split}/{stream}")
     scenes: dict[tuple[object, ...], Scene] = {}
     while len(scenes) < num_scenes:
-        scene = _sample_scene(rng, max_objects, list(COLORS)[:num_colors])
+        scene = _sample_scene(rng, list(COLORS)[:num_colors])
         layout = tuple((o.shape, o.color, o.size, o.row, o.column) for o in scene.objects)
         is_val = zlib.crc32(repr(layout).encode()) % _NUM_BUCKETS < _VAL_BUCKETS
         if is_val == (split == "val"):
@@ -147,11 +146,10 @@ def write_scene_image(scene: Scene, path: Path, *, image_size: int, noise_seed: 
         image.save(temporary, format="PNG", compress_level=1)
 
 
-def _sample_scene(rng: random.Random, max_objects: int, colors: Sequence[str]) -> Scene:
+def _sample_scene(rng: random.Random, colors: Sequence[str]) -> Scene:
     has_theme = rng.random() < _THEME_SHARE
     theme = rng.choice([{"shape": rng.choice(SHAPES)}, {"color": rng.choice(colors)}]) if has_theme else {}
-    weights = _NUM_OBJECTS_WEIGHTS[has_theme][:max_objects]
-    (num_objects,) = rng.choices(range(1, max_objects + 1), weights=weights)
+    (num_objects,) = rng.choices(range(1, MAX_OBJECTS + 1), weights=_NUM_OBJECTS_WEIGHTS[has_theme])
     objects = []
     for cell in sorted(rng.sample(range(GRID_SIZE**2), num_objects)):
         look = {"shape": rng.choice(SHAPES), "color": rng.choice(colors), "size": rng.choice(SIZES)}

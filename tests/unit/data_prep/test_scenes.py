@@ -296,9 +296,9 @@ def test_statements_cannot_be_judged_from_the_text_or_mostly_from_one_image(made
             assert seen["True"] == seen["False"]
 
 
-@pytest.mark.parametrize("max_objects", [3, 4])
-def test_one_image_decides_few_comparisons(max_objects: int) -> None:
-    scenes = sample_scenes("train", 600, seed=1, max_objects=max_objects)
+@pytest.mark.parametrize("num_colors", [4, 6])
+def test_one_image_decides_few_comparisons(num_colors: int) -> None:
+    scenes = sample_scenes("train", 600, seed=1, num_colors=num_colors)
     labels: dict[tuple[str, str, int], Counter[bool]] = defaultdict(Counter)
     for statement in balanced_statements(scenes, 1500, random.Random(1)):
         if statement.kind != "more":
@@ -314,19 +314,18 @@ def test_one_image_decides_few_comparisons(max_objects: int) -> None:
         assert best_guess < 0.63
 
 
-@pytest.mark.parametrize("max_objects", [2, 3])
-def test_fewer_objects(tmp_path: Path, max_objects: int) -> None:
+def test_fewer_colors(tmp_path: Path) -> None:
     sizes = ["--num-train-images", "120", "--num-train-statements", "30", "--num-train-texts", "20"]
     sizes += ["--num-val-images", "60", "--num-val-statements", "10", "--num-val-texts", "5"]
-    assert main(["--out", str(tmp_path / "made"), "--max-objects", str(max_objects), *sizes]) == 0
-    numbers = {len(objects) for objects in read_graph(tmp_path / "made", "train").values()}
-    assert numbers == set(range(1, max_objects + 1))
-    counted = {
-        annotation["multiple_choice_answer"]
-        for question, annotation in read_vqa(tmp_path / "made", "train")
-        if question["question"].startswith("how many")
-    }
-    assert counted == {str(number) for number in range(max_objects + 1)}
+    assert main(["--out", str(tmp_path / "made"), "--num-colors", "3", *sizes]) == 0
+    shown = {item["color"] for objects in read_graph(tmp_path / "made", "train").values() for item in objects}
+    assert shown == {"red", "green", "blue"}
+    # Nobody is asked about a colour that is never there.
+    asked = "".join(question["question"] for question, _ in read_vqa(tmp_path / "made", "train"))
+    told = "".join(row["sentence"] for row in read_nlvr2(tmp_path / "made", "train"))
+    for text in (asked, told):
+        assert "red" in text
+        assert not re.search("yellow|purple|white", text)
 
 
 # Formats and splits
