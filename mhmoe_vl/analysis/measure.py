@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from mhmoe_vl.train.build import build_dataset
 from mhmoe_vl.train.config import RunConfig, SourceConfig
 from mhmoe_vl.train.metrics import ProgressBar
 from mhmoe_vl.train.trained import TrainedRun
+
+ValueT = TypeVar("ValueT")
 
 
 def analyse_experts(
@@ -234,9 +236,7 @@ class _Gathered:
         pools = _pool_uses(self.stats)
         collapse = {pool: found for pool, scatter in self.scatters.items() if (found := scatter.collapse()) is not None}
         fluctuation = {
-            name: figures
-            for name, sums in self.fluctuations.items()
-            if (figures := sums.figures()) is not None
+            name: figures for name, sums in _by_block(self.fluctuations) if (figures := sums.figures()) is not None
         }
         constant = is_constant(num_heads=shape.num_heads, num_pools=shape.num_pools)
         return ExpertAnalysis(
@@ -259,7 +259,7 @@ class _Gathered:
 
     def _divergence(self, shape: Routing) -> SubTokenDivergence:
         by_pool: dict[str, DivergenceFigures] = {}
-        for name, sums in self.divergences.items():
+        for name, sums in _by_block(self.divergences):
             figures = sums.figures(self.stats[name].load_share_E.cpu())
             if figures is not None:
                 by_pool[name] = figures
@@ -334,9 +334,14 @@ def _affinities(stats: Mapping[str, RoutingStats]) -> list[Affinity]:
 def _by_pool(stats: Mapping[str, RoutingStats]) -> dict[str, dict[str, RoutingStats]]:
     """Layer after layer; a pool of one modality is its own only part."""
     pools: dict[str, dict[str, RoutingStats]] = {}
-    for name in sorted(stats, key=lambda name: int(name.split("/")[0].removeprefix("block"))):
-        pools.setdefault(pool_of(name), {})[name] = stats[name]
+    for name, of_name in _by_block(stats):
+        pools.setdefault(pool_of(name), {})[name] = of_name
     return pools
+
+
+def _by_block(values: Mapping[str, ValueT]) -> list[tuple[str, ValueT]]:
+    """In the order of the blocks: the first source may lack a modality."""
+    return sorted(values.items(), key=lambda item: int(item[0].split("/")[0].removeprefix("block")))
 
 
 def _why_constant(shape: Routing) -> str:

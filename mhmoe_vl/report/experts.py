@@ -86,7 +86,7 @@ def view_analysis(analysis: ExpertAnalysis) -> AnalysisView:
                 pool_curves(
                     {use.pool: list(zip(analysis.thresholds, use.activation, strict=True)) for use in wholes},
                     xlabel="threshold: load / mean load",
-                    ylabel="share of experts above it",
+                    ylabel="share of experts",
                     name="analysis/activation",
                 ),
             ),
@@ -107,7 +107,7 @@ def _panels_by_block(analysis: ExpertAnalysis) -> list[Panel]:
         panels.append(_by_block("Representation collapse", ratios, "Tr within / Tr between", "collapse"))
     if analysis.fluctuation:
         changed = {name: figures.choices for name, figures in analysis.fluctuation.items()}
-        panels.append(_by_block("Routing fluctuation", changed, "share of choices that differ", "fluctuation"))
+        panels.append(_by_block("Routing fluctuation", changed, "changed choices, share", "fluctuation"))
     return panels
 
 

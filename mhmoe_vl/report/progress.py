@@ -114,7 +114,7 @@ def expert_use(run: RunRecord) -> ExpertUse | None:
             pool_curves(
                 activation,
                 xlabel="threshold: load / mean load",
-                ylabel="share of experts above it",
+                ylabel="share of experts",
                 name=f"{run.task}/activation",
             ),
         ),
