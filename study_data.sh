@@ -11,7 +11,7 @@ SCENES=data/quickstart
 TEXT=${TEXT:?set TEXT to the folder of the texts (docs/study.md)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The last two are of the Bible, the others of XQuAD.
-LANGUAGES=(ar de el en es hi ro ru th tr vi zh swh ukr)
+LANGUAGES=(en de es hi ru zh swh ukr)
 
 if [ ! -f $SCENES/tokenizer.json ]; then
   ONLY_DATA=1 bash quickstart.sh
@@ -31,7 +31,7 @@ mkdir -p "$DATA"
 
 "$PYTHON" -m data_prep.pack_text "$TEXT/text_multi/xquad_contexts" "$TEXT/text_multi/bible_cc0" --per-language \
   --languages "${LANGUAGES[@]}" --deduplicate --holdout 0.05 --out $DATA/languages
-"$PYTHON" -m data_prep.train_text_tokenizer "${LANGUAGES[@]/#/$DATA/languages/}" --sampling-alpha 0.5 --vocab-size 4000 \
+"$PYTHON" -m data_prep.train_text_tokenizer "${LANGUAGES[@]/#/$DATA/languages/}" --sampling-alpha 0.5 --vocab-size 3000 \
   --out $DATA/tokenizer-multi.json
 
 # A caption per line, those of every fiftieth image held out: the five of an image say the same.
