@@ -273,7 +273,7 @@ def test_torchrun_trains(shards: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "source pair: 24 items, 33 % of each step" in finished.stderr
+    assert "source pair: 24 items, 33.3 % of each step" in finished.stderr
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2]
