@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +138,24 @@ def run_harness(
     except ImportError:
         raise ConfigError("lm-evaluation-harness is not installed: pip install 'mhmoe_vl[lm]'") from None
     names = [task.name for task in config.tasks]
-    manager = TaskManager(include_path=[str(path) for path in include] or None)
+    own = TaskManager(include_path=[str(path) for path in include], include_defaults=False)
+    are_own = all(name in own.task_index for name in names)
+    known = own.task_index if are_own else tasks_of_the_harness().task_index | own.task_index
     for name in names:
-        if name not in manager.all_tasks:
-            raise ConfigError(
-                f"tasks: no task '{name}'{suggest(name, manager.all_tasks)}; see lm_eval ls tasks, --include"
-            )
+        if name not in known:
+            raise ConfigError(f"tasks: no task '{name}'{suggest(name, sorted(known))}; see lm_eval ls tasks, --include")
     with tempfile.TemporaryDirectory() as folder:
         if local_data is not None:
             for name in names:
-                task_file = Path(manager.task_index[name].yaml_path)
+                task_file = Path(known[name].yaml_path)
                 is_own = any(task_file.resolve().is_relative_to(path.resolve()) for path in include)
                 if not is_own or (local_data / name).is_dir():
                     _write_local_task(Path(folder), name, task_file, local_data)
-            manager = TaskManager(include_path=[*(str(path) for path in include), folder])
+            manager = TaskManager(include_path=[*(str(path) for path in include), folder], include_defaults=False)
+        elif are_own:
+            manager = own
+        else:
+            manager = TaskManager(include_path=[str(path) for path in include]) if include else tasks_of_the_harness()
         try:
             found = lm_eval.simple_evaluate(
                 model=harness_model(scorer),
@@ -169,6 +174,14 @@ def run_harness(
     assert found is not None
     scores = [score for task in config.tasks for score in _scores_of(task, found)]
     return tuple(scores), str(lm_eval.__version__)
+
+
+@cache
+def tasks_of_the_harness() -> Any:
+    """All tasks that it has; reading their files takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def harness_model(scorer: Scorer) -> Any:

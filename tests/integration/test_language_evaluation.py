@@ -12,11 +12,19 @@ import yaml
 from eval.language import main, scorer_of
 from mhmoe_vl.config import load_config
 from mhmoe_vl.errors import ConfigError, DataError
-from mhmoe_vl.evaluation.lm_harness import HarnessTaskConfig, LanguageEvaluationConfig, baselines, run_harness
+from mhmoe_vl.evaluation.lm_harness import (
+    HarnessTaskConfig,
+    LanguageEvaluationConfig,
+    baselines,
+    run_harness,
+    tasks_of_the_harness,
+)
 from mhmoe_vl.train.trained import load_trained
 from tests.integration.runs import ALONE, language_modeling, pretraining, train
 
 ROOT = Path(__file__).parents[2]
+# The harness takes ten seconds to read its tasks, once per process.
+pytestmark = pytest.mark.xdist_group("lm_eval")
 
 QUESTIONS = [
     {"question": "the red square", "choices": ["is left", "of the circle", "and blue"], "answer": place}
@@ -33,15 +41,13 @@ def test_baselines_by_hand() -> None:
     assert baselines([{"arguments": [()], "target": "text"}]) == (None, None)
 
 
-@pytest.mark.parametrize("name", ["language", "xnli"])
-def test_the_named_tasks_are_those_of_the_paper(name: str) -> None:
+def test_the_named_tasks_are_those_of_the_paper() -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra lm)")
-    from lm_eval.tasks import TaskManager
-
-    config = load_config(LanguageEvaluationConfig, ROOT / "configs/eval" / f"{name}.yaml")
-    known = TaskManager().all_tasks
-    assert [task.name for task in config.tasks if task.name not in known] == []
-    assert len(config.tasks) == {"language": 10, "xnli": 14}[name]
+    known = tasks_of_the_harness().all_tasks
+    for name, number in (("language", 10), ("xnli", 14)):
+        config = load_config(LanguageEvaluationConfig, ROOT / "configs/eval" / f"{name}.yaml")
+        assert [task.name for task in config.tasks if task.name not in known] == []
+        assert len(config.tasks) == number
 
 
 @pytest.fixture
