@@ -4,11 +4,11 @@
 #
 #   bash quickstart.sh          10 minutes, 2.5 GB on two busy cores (docs/EXPERIMENTS.md)
 #   SHORT=1 bash quickstart.sh  every step, a few training steps each: for CI, scores mean nothing
-#   ONLY_DATA=1 bash quickstart.sh  stops when the data are there
+#   ONLY_DATA=FOLDER bash quickstart.sh  stops when the data are in FOLDER, which is made anew
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
-DATA=data/quickstart
+DATA=${ONLY_DATA:-data/quickstart}
 RUNS=runs/quickstart
 PROCESSES=${PROCESSES:-2}
 # One thread per process: two processes on two cores.
@@ -16,11 +16,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "${SHORT:-}" ]; then
   scene_options=(--num-train-images 300 --num-val-images 40 --num-train-statements 60 --num-val-statements 20 --num-train-texts 400 --num-val-texts 40)
   step_options=(max_steps=12 optimizer.warmup_steps=2 log_every=4 data.batch_size=48 validate_every=6)
-  codes=64
+  codes=64 size=short
 else
   scene_options=()
   step_options=()
-  codes=256
+  codes=256 size=full
 fi
 
 say() { printf '\n== %s\n' "$*" >&2; }
@@ -37,7 +37,7 @@ train() {
     --config "configs/quickstart/$config.yaml" model.num_visual_codes=$codes "$@" "${step_options[@]}"
 }
 
-rm -rf "$DATA" "$RUNS"
+rm -rf "$DATA"
 say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file formats"
 "$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --num-colors 5 --workers 2 "${scene_options[@]}"
 
@@ -85,9 +85,12 @@ fitting=$!
   --vocab-size 448 --lowercase --out $DATA/tokenizer.json
 "$PYTHON" -m data_prep.verify_shards $DATA/pairs-train $DATA/vqa-train $DATA/nlvr2-train
 wait $fitting
+# Others use these data too, and need all of them (study_data.sh).
+echo "$size" > $DATA/complete
 if [ -n "${ONLY_DATA:-}" ]; then
   exit
 fi
+rm -rf "$RUNS"
 
 say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain

@@ -13,8 +13,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The last two are of the Bible, the others of XQuAD.
 LANGUAGES=(en de es hi ru zh swh ukr)
 
-if [ ! -f $SCENES/tokenizer.json ]; then
-  ONLY_DATA=1 bash quickstart.sh
+if [ "$(cat $SCENES/complete 2>/dev/null)" != full ]; then
+  ONLY_DATA=$SCENES SHORT= bash quickstart.sh
 fi
 LAST=$DATA/tokenizer-multimodal.json
 if [ -f $LAST ]; then
