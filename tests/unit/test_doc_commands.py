@@ -199,7 +199,7 @@ def test_study_data_makes_what_the_main_study_reads(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PYTHON", "python")
     scenes = tmp_path / "data/quickstart"
     scenes.mkdir(parents=True)
-    (scenes / "tokenizer.json").touch()
+    (scenes / "complete").write_text("full\n")
     made: dict[str, argparse.Namespace] = {}
     for call in calls_in((ROOT / "study_data.sh").read_text(), tmp_path):
         made |= dict.fromkeys(read_and_written(call)[1], call.parsed)

@@ -374,7 +374,7 @@ import os, time
 from mhmoe_vl.data.prepare.processes import map_in_processes
 
 def job(_):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece, whatever PYTHONUNBUFFERED says
     time.sleep(60)
 
 list(map_in_processes(job, range(9), num_workers=3))
