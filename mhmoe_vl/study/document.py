@@ -104,10 +104,10 @@ def document(
     if not results.is_complete:
         lines += [f"**Unfinished: {results.num_finished} of {len(results.plan.cells)} runs.**", ""]
     lines += [*written[READING], "## Verdicts", ""]
-    for outcome in (outcome for outcome in results.outcomes if outcome.is_tested):
+    for outcome in (outcome for outcome in results.outcomes if outcome.is_tested and outcome.comparisons):
         found = [c.verdict for c in outcome.comparisons if _is_different(c, config.confidence)]
         others = len(outcome.comparisons) - len(found)
-        rest = [f"{others} other comparisons: no difference found"] if others else []
+        rest = [f"no difference found in {others} {'others' if found else 'comparisons'}"] if others else []
         lines.append(f"- **{outcome.task}, {outcome.name}**: {'; '.join([*found, *rest])}")
     lines.append("")
     for task in config.tasks:
