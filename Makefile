@@ -21,8 +21,8 @@ quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report
 study-smoke: install ## a whole comparison of kinds in two minutes; its numbers mean nothing
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash study_smoke.sh
 
-study: install ## the main comparison on real texts: make study TEXT=folder (docs/study.md); more than an hour
-	PATH="$(CURDIR)/$(BIN):$$PATH" TEXT="$(TEXT)" bash study_data.sh
+study: install ## the main comparison, on public data: make study PUBLIC=folder (docs/study.md); more than an hour
+	PATH="$(CURDIR)/$(BIN):$$PATH" PUBLIC="$(PUBLIC)" bash study_data.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m mhmoe_vl.study --config configs/study/main.yaml --workers 2 --document docs/RESULTS.md
 
 test: install ## the whole test suite

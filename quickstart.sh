@@ -39,7 +39,7 @@ train() {
 
 rm -rf "$DATA"
 say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file formats"
-"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --num-colors 5 --workers 2 "${scene_options[@]}"
+"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --num-colors 4 --workers 2 "${scene_options[@]}"
 
 say "shards"
 pack_images() {
@@ -96,16 +96,16 @@ say "pretraining on $PROCESSES processes"
 train "$PROCESSES" pretrain
 
 # Updates, not samples, are what a tiny model lacks: small batches on one process each, side by side.
-say "fine-tuning: vqa; beside it captioning and a text-only twin for the blind baseline"
+say "fine-tuning: vqa; beside it captioning"
 train 1 vqa &
 vqa=$!
 train 1 captioning
-# Without the image there is little to learn; the score card takes the better of this twin and the counted prior.
-train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=300 validate_every=null
 wait $vqa
-say "fine-tuning: nlvr2; beside it the evaluations of the others"
+say "fine-tuning: nlvr2; beside it a text-only twin for the blind baseline, and the evaluations of the others"
 train 1 nlvr2 &
 nlvr2=$!
+# Without the image there is little to learn; the score card takes the better of this twin and the counted prior.
+train 1 vqa task.blind=true out=$RUNS/vqa-blind max_steps=300 validate_every=null
 "$PYTHON" -m eval.captioning --run $RUNS/captioning --data $DATA/pairs-val
 "$PYTHON" -m eval.vqa --run $RUNS/vqa --blind-run $RUNS/vqa-blind --data $DATA/vqa-val
 wait $nlvr2

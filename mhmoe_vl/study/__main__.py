@@ -36,6 +36,7 @@ from mhmoe_vl.study.execute import (
     try_cell,
 )
 from mhmoe_vl.study.results import Results, as_json, collect
+from mhmoe_vl.study.stopwatch import measure_times
 from mhmoe_vl.study.tables import markdown, timing_markdown
 from mhmoe_vl.study.workers import run_workers
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--list", action="store_true", help="print every cell with its state, and stop")
     what.add_argument("--dry-run", action="store_true", help="print costs and their mismatch, train nothing")
     what.add_argument("--cell", metavar="NAME", help="run this cell alone")
-    what.add_argument("--only-run", action="store_true", help="run what is not finished, write no results")
+    what.add_argument("--only-run", action="store_true", help="run what is not finished, no times, no results")
     what.add_argument("--only-report", action="store_true", help="write the results of what is finished")
     parser.add_argument(
         "--document",
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 run_all(plan)
         if not arguments.only_run:
+            if not arguments.only_report:
+                measure_times(plan)
             results = collect(plan)
             paths = write_results(plan, results)
             if arguments.document is not None:

@@ -135,6 +135,7 @@ class StudyConfig(Config):
             scatter of all arms about the means of arms and seeds (``pooled``), which few seeds need, and which takes
             it to be the same in all arms.
         keep_checkpoints: of finished runs, whose weights stay anyhow.
+        num_timed_steps: of every arm and task, in turns with as many of the baseline, once all runs are finished.
     """
 
     title: str
@@ -151,6 +152,7 @@ class StudyConfig(Config):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     variance: Literal["own", "pooled"] = "own"
     keep_checkpoints: bool = False
+    num_timed_steps: Annotated[int, Field(ge=2)] = 15
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -17,6 +17,7 @@ from mhmoe_vl.report.figures import Interval, forest, standalone
 from mhmoe_vl.study.page import STEPS, TIME, curves_of, groups_of
 from mhmoe_vl.study.results import Comparison, Outcome, Results
 from mhmoe_vl.study.tables import (
+    TIMING_SENTENCE,
     comparison_table,
     cost_table,
     method_sentences,
@@ -121,11 +122,12 @@ def document(
             lines += [noise_sentence(outcome, confidence=config.confidence), ""]
         lines += [line.replace("### ", f"### {task}: ") for line in other_figures(results, task)]
         lines += [f"### {task}: cost", "", *table_lines(cost_table(results, task)), ""]
-        lines += [*table_lines(timing_table(results, task)), ""]
+        timing = timing_table(results, task)
+        lines += [*table_lines(timing), ""] if timing.rows else []
         if results.plan.is_swept:
             lines += [f"### {task}: learning rates", "", *table_lines(sweep_table(results, task)), ""]
     lines += ["## How to read this", "", *(f"- {line}" for line in method_sentences(results))]
-    lines += ["- Times are medians over seeds, of the machine and its load at that time.", ""]
+    lines += [f"- {TIMING_SENTENCE}", ""]
     return "\n".join([*lines, *written[PUBLISHED]]).rstrip("\n") + "\n"
 
 

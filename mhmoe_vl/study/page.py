@@ -14,9 +14,9 @@ from mhmoe_vl.report.figures import Band, bands
 from mhmoe_vl.report.progress import Panel
 from mhmoe_vl.report.template import page_environment
 from mhmoe_vl.study.cells import Arm
-from mhmoe_vl.study.cost import ArmCost
 from mhmoe_vl.study.results import Comparison, CurvePoint, Outcome, Results
 from mhmoe_vl.study.tables import (
+    TIMING_SENTENCE,
     Table,
     comparison_table,
     cost_table,
@@ -76,6 +76,7 @@ def render_page(results: Results) -> str:
             results=results,
             tasks=tasks,
             methods=method_sentences(results),
+            timing_sentence=TIMING_SENTENCE,
             level=1 - config.confidence,
             config_yaml=dump_config(config),
             command=_command(),
@@ -120,20 +121,24 @@ class Axis:
 
     name: str
     label: str
-    position: Callable[[CurvePoint, ArmCost], float]
+    per_step: Callable[[Results, str, Arm], float | None]
 
 
-STEPS = Axis("steps", "step", lambda point, cost: point.step)
-TIME = Axis("time", "seconds of training", lambda point, cost: point.seconds)
+STEPS = Axis("steps", "step", lambda results, task, arm: 1)
+TIME = Axis("time", "seconds of training", lambda results, task, arm: _step_seconds(results, task, arm))
 AXES = (
     STEPS,
-    Axis("compute", "training FLOPs", lambda point, cost: point.step * cost.training_flops_per_step),
+    Axis("compute", "training FLOPs", lambda results, task, arm: results.costs[task][arm.name].training_flops_per_step),
     TIME,
 )
 
 
+def _step_seconds(results: Results, task: str, arm: Arm) -> float | None:
+    return next((t.step_seconds for t in results.timings if (t.task, t.arm) == (task, arm.name)), None)
+
+
 def curves_of(results: Results, outcome: Outcome, arms: Sequence[Arm], axis: Axis, *, name: str) -> str | None:
-    """SVG of a figure on the way, with bands over the seeds; None if no validation has it.
+    """SVG of a figure on the way, with bands over the seeds; None if no validation has it, or the axis is not known.
 
     Args:
         name: of the picture, unlike every other's on a page.
@@ -141,12 +146,12 @@ def curves_of(results: Results, outcome: Outcome, arms: Sequence[Arm], axis: Axi
     curves = results.curves[outcome.task].get(outcome.name)
     if curves is None:
         return None
-    costs = results.costs[outcome.task]
     in_nats = outcome.unit == "nats"
     series = {
         arm.name: band
         for arm in arms
-        if (band := _band(list(curves[arm.name].values()), costs[arm.name], axis.position, in_nats=in_nats))
+        if (per_step := axis.per_step(results, outcome.task, arm)) is not None
+        and (band := _band(list(curves[arm.name].values()), per_step, in_nats=in_nats))
     }
     if not series:
         return None
@@ -161,13 +166,7 @@ def groups_of(arms: Sequence[Arm]) -> list[tuple[int | None, list[Arm]]]:
     return [(number, [arm for arm in arms if arm.num_experts in (number, None)]) for number in numbers]
 
 
-def _band(
-    seeds: Sequence[Sequence[CurvePoint]],
-    cost: ArmCost,
-    position: Callable[[CurvePoint, ArmCost], float],
-    *,
-    in_nats: bool,
-) -> Band | None:
+def _band(seeds: Sequence[Sequence[CurvePoint]], per_step: float, *, in_nats: bool) -> Band | None:
     """Mean and range over the seeds, at the steps that all of them have."""
     if not seeds:
         return None
@@ -181,7 +180,7 @@ def _band(
         return math.exp(min(value, 80.0)) if in_nats else value
 
     return Band(
-        x=[math.fsum(position(point, cost) for point in points) / len(points) for points in at],
+        x=[per_step * step for step in steps],
         # In nats: the geometric mean of perplexities, which is what the tables compare.
         y=[shown(math.fsum(point.value for point in points) / len(points)) for points in at],
         low=[shown(min(point.value for point in points)) for points in at],

@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mhmoe_vl
 from mhmoe_vl.evaluation.score_card import ScoreCard
+from mhmoe_vl.plan.workload import samples_per_step
 from mhmoe_vl.report.collect import read_score_card
 from mhmoe_vl.study.cells import Arm, Cell, Plan
 from mhmoe_vl.study.config import PublishedConfig, TaskConfig
@@ -35,22 +35,16 @@ from mhmoe_vl.study.statistics import (
     summarize,
     verdict,
 )
-from mhmoe_vl.train import run_directory
+from mhmoe_vl.study.stopwatch import read_times, step_seconds
 from mhmoe_vl.train.metrics import read_metrics
-from mhmoe_vl.train.trained import cost_of
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A validation on the way.
-
-    Attributes:
-        seconds: of training up to it, without start, validation and saving.
-    """
+    """A validation on the way."""
 
     step: int
     value: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -131,13 +125,25 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Timing:
-    """What the clock said about the runs of one arm: comparable only between runs on one quiet machine."""
+    """How fast one arm trains (:mod:`mhmoe_vl.study.stopwatch`).
+
+    Attributes:
+        ratio: time of a training step over that of the ``reference``, median of the pairs; the middle half of them lies
+            within ``ratio_range``.
+        step_seconds: the ratio times the reference's median.
+        tokens_per_second: padding included.
+        num_steps: that were timed.
+    """
 
     task: str
     arm: str
-    tokens_per_second: float | None
-    train_seconds: float | None
-    trained_on: list[str]
+    reference: str
+    ratio: float
+    ratio_range: tuple[float, float]
+    step_seconds: float
+    tokens_per_second: float
+    num_steps: int
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -199,13 +205,13 @@ def collect(plan: Plan) -> Results:
             }
             for task, config in plan.config.tasks.items()
         },
-        timings=[_timing(plan, task, arm, costs) for task in plan.config.tasks for arm in plan.arms],
+        timings=[timing for task in plan.config.tasks for timing in _timings(plan, task, costs[task])],
     )
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Plain values for ``study.json``. What a clock said is under ``timing`` and in the seconds of curves; everything
-    else is the same for the same configuration, seeds and machine."""
+    """Plain values for ``study.json``. What a clock said is under ``timings``; everything else is the same for the same
+    configuration, seeds and machine."""
     plan = results.plan
     return {
         "version": mhmoe_vl.__version__,
@@ -233,16 +239,7 @@ def as_json(results: Results) -> dict[str, Any]:
             }
             for task, of_task in results.curves.items()
         },
-        "timing": {
-            "arms": [asdict(timing) for timing in results.timings],
-            "seconds": {
-                task: {
-                    arm: {str(seed): [round(point.seconds, 3) for point in points] for seed, points in of_arm.items()}
-                    for arm, of_arm in next(iter(of_task.values())).items()
-                }
-                for task, of_task in results.curves.items()
-            },
-        },
+        "timings": [asdict(timing) for timing in results.timings],
     }
 
 
@@ -396,41 +393,36 @@ def _curves(plan: Plan, task: str, arm: Arm, metric: str) -> dict[int, list[Curv
     curves = {}
     for cell in _cells(plan, task, arm):
         directory = directory_of(plan, cell)
-        clock = _Clock(directory)
         curves[cell.seed] = [
-            CurvePoint(record["step"], record[metric], clock.seconds_at(record["step"]))
+            CurvePoint(record["step"], record[metric])
             for record in read_metrics(directory, "validation")
             if record.get(metric) is not None
         ]
     return curves
 
 
-class _Clock:
-    """Training time of a run up to a step, by its log lines."""
-
-    def __init__(self, directory: Path) -> None:
-        self._records = read_metrics(directory, "train")
-
-    def seconds_at(self, step: int) -> float:
-        seconds, last = 0.0, 0
-        for record in self._records:
-            seconds += (min(record["step"], step) - last) * record["step_seconds"]
-            last = record["step"]
-            if last >= step:
-                break
-        return seconds
-
-
-def _timing(plan: Plan, task: str, arm: Arm, costs: dict[str, dict[str, ArmCost]]) -> Timing:
-    directories = [directory_of(plan, cell) for cell in _cells(plan, task, arm)]
-    found = [cost_of(directory) for directory in directories if (directory / run_directory.COST).is_file()]
-    rates = [cost["train_samples_per_second"] for cost in found if cost["train_samples_per_second"]]
-    seconds = [cost["train_seconds"] for cost in found]
-    tokens = costs[task][arm.name].num_tokens_per_sample
-    return Timing(
-        task=task,
-        arm=arm.name,
-        tokens_per_second=round(statistics.median(rates) * tokens, 1) if rates else None,
-        train_seconds=round(statistics.median(seconds), 1) if seconds else None,
-        trained_on=list(dict.fromkeys(cost["trained_on"] for cost in found if cost["trained_on"])),
-    )
+def _timings(plan: Plan, task: str, costs: dict[str, ArmCost]) -> list[Timing]:
+    measured = {times.arm: times for times in read_times(plan, task)}
+    if not measured:
+        return []
+    seconds = step_seconds(list(measured.values()))
+    found = []
+    for arm in (arm for arm in plan.arms if arm.name in measured):
+        times = measured[arm.name]
+        run = plan.base_run(Cell("train", task, arm, plan.config.seeds[0]))
+        num_tokens = costs[arm.name].num_tokens_per_sample * sum(samples_per_step(run).values())
+        lower, median, upper = statistics.quantiles(times.ratios, n=4, method="inclusive")
+        found.append(
+            Timing(
+                task=task,
+                arm=arm.name,
+                reference=times.reference,
+                ratio=median,
+                ratio_range=(lower, upper),
+                step_seconds=seconds[arm.name],
+                tokens_per_second=num_tokens / seconds[arm.name],
+                num_steps=len(times.seconds),
+                machine=times.machine,
+            )
+        )
+    return found

@@ -26,15 +26,15 @@ def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Ta
     """Mean and standard error of every arm, beside what the arm costs.
 
     Args:
-        with_speed: tokens per second too, which are not the same each time.
+        with_speed: the time of a step and tokens per second too, which are not the same each time.
     """
-    speeds = {timing.arm: timing.tokens_per_second for timing in results.timings if timing.task == outcome.task}
+    timings = {timing.arm: timing for timing in results.timings if timing.task == outcome.task}
     has_perplexity = any(result.perplexity for result in outcome.arms)
     baselines = [name for name in BASELINES if any(name in result.baselines for result in outcome.arms)]
     published = outcome.published
     head = ["arm", "seeds", outcome.unit or outcome.name, *(["perplexity"] if has_perplexity else []), "sd of one run"]
     head += [*baselines, *([published.source] if published else [])]
-    head += ["parameters", "FLOPs / token", "assignments / token", *(["tokens / s"] if with_speed else [])]
+    head += ["parameters", "FLOPs / token", "assignments / token", *(["step time", "tokens / s"] if with_speed else [])]
     rows = []
     for result in outcome.arms:
         seeds = str(len(result.values)) + (f", {len(result.diverged)} diverged" if result.diverged else "")
@@ -46,8 +46,9 @@ def outcome_table(results: Results, outcome: Outcome, *, with_speed: bool) -> Ta
         row += ["" if (value := published.values.get(result.arm)) is None else f"{value:g}"] if published else []
         cost = results.costs[outcome.task][result.arm]
         row += [f"{n:,}" for n in (cost.num_params, cost.flops_per_token, cost.num_assignments_per_token)]
-        speed = speeds.get(result.arm)
-        row += [UNKNOWN if speed is None else f"{speed:,.0f}"] if with_speed else []
+        timing = timings.get(result.arm)
+        if with_speed:
+            row += [f"{timing.ratio:.2f}", f"{timing.tokens_per_second:,.0f}"] if timing else [UNKNOWN, UNKNOWN]
         rows.append(tuple(row))
     return Table(tuple(head), rows)
 
@@ -150,14 +151,31 @@ def sweep_table(results: Results, task: str) -> Table:
     return Table(("arm", *(f"x{factor:g}" for factor in factors), "chosen", ""), rows)
 
 
+TIMING_SENTENCE = (
+    "Times are of whole training steps on the trained weights, each arm in turns with the reference once all runs were "
+    "finished: median ratio of the pairs, with the middle half of them. Seconds are that ratio times the reference's "
+    "median."
+)
+
+
 def timing_table(results: Results, task: str) -> Table:
-    """Medians over seeds of what a clock said."""
-    rows: list[tuple[str, ...]] = []
-    for timing in (timing for timing in results.timings if timing.task == task):
-        speed = UNKNOWN if timing.tokens_per_second is None else f"{timing.tokens_per_second:,.0f}"
-        seconds = UNKNOWN if timing.train_seconds is None else f"{timing.train_seconds:,.1f}"
-        rows.append((timing.arm, speed, seconds, "; ".join(timing.trained_on) or UNKNOWN))
-    return Table(("arm", "tokens / s", "seconds of training", "on"), rows)
+    """Of a training step, measured in turns with the reference; without rows where nothing has been measured."""
+    timings = [timing for timing in results.timings if timing.task == task]
+    rows: list[tuple[str, ...]] = [
+        (
+            timing.arm,
+            f"{timing.ratio:.2f}",
+            "{:.2f} to {:.2f}".format(*timing.ratio_range),
+            f"{timing.step_seconds:.3f}",
+            f"{timing.tokens_per_second:,.0f}",
+            f"{timing.num_steps}, {timing.machine}",
+        )
+        for timing in timings
+    ]
+    reference = timings[0].reference if timings else UNKNOWN
+    return Table(
+        ("arm", f"step time / {reference}", "middle half", "seconds / step", "tokens / s", "steps timed, on"), rows
+    )
 
 
 def noise_sentence(outcome: Outcome, *, confidence: float) -> str:
@@ -251,9 +269,8 @@ def other_figures(results: Results, task: str) -> list[str]:
 
 
 def timing_markdown(results: Results) -> str:
-    """Times, which no two runs of a study have in common."""
+    """Times, which no two studies have in common."""
     lines = [f"# {results.plan.config.title}: times", ""]
-    lines += ["Comparable only between runs on one quiet machine with one worker.", ""]
     for task in results.plan.config.tasks:
         lines += [f"## {task}", "", *table_lines(timing_table(results, task)), ""]
     return "\n".join(lines)

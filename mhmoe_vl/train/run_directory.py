@@ -97,6 +97,14 @@ def starts_of(directory: Path) -> list[dict[str, Any]]:
     return starts
 
 
+def machine_of(start: dict[str, Any]) -> str:
+    """On how many of what, by :func:`environment`."""
+    machine = f"{start['world_size']} x {start['gpu'] or start['processor']}"
+    if not start["gpu"]:
+        machine += f", {start['num_threads']} thread{'s' if start['num_threads'] > 1 else ''}"
+    return machine
+
+
 def _read_environment(directory: Path) -> dict[str, Any]:
     """Empty if there is none.
 

@@ -98,9 +98,7 @@ def _machines(directory: Path) -> str:
     machines: list[str] = []
     last = None
     for start in run_directory.starts_of(directory):
-        machine = f"{start['world_size']} x {start['gpu'] or start['processor']}"
-        if not start["gpu"]:
-            machine += f", {start['num_threads']} thread{'s' if start['num_threads'] > 1 else ''}"
+        machine = run_directory.machine_of(start)
         if machine != last:
             machines.append(machine if last is None else f"from step {start['first_step']:,} on {machine}")
         last = machine

@@ -15,20 +15,25 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from mhmoe_vl.config import validate_config
+from mhmoe_vl.data.loader import MicroBatch
 from mhmoe_vl.errors import ConfigError, OutputError
-from mhmoe_vl.study import execute
+from mhmoe_vl.study import execute, stopwatch
 from mhmoe_vl.study.__main__ import main, state_of, write_results
 from mhmoe_vl.study.cells import Plan
 from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.execute import chosen_factor, directory_of, require_same_study, run_all, try_cell
 from mhmoe_vl.study.results import as_json, collect
+from mhmoe_vl.study.stopwatch import measure_times, read_times
 from mhmoe_vl.study.tables import markdown
+from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run
 from mhmoe_vl.train.metrics import read_metrics
+from mhmoe_vl.train.step import train_step
 from tests.integration.runs import fine_tuning, pretraining, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +69,7 @@ def tables(plan: Plan) -> dict[str, Any]:
     """Everything that does not come from a clock."""
     results = collect(plan)
     found = json.loads(json.dumps(as_json(results)))
-    found.pop("timing")
+    found.pop("timings")
     found.pop("config")  # has paths
     return found | {"markdown": markdown(results)}
 
@@ -104,7 +109,7 @@ def test_a_study_from_end_to_end(finished: Plan) -> None:
     assert not list(finished.out.rglob("checkpoints"))
     write_results(finished, collect(finished))
     written = json.loads((finished.out / "study.json").read_text())
-    assert {name for name in written if written[name] != found.get(name)} == {"timing", "config"}
+    assert {name for name in written if written[name] != found.get(name)} == {"timings", "config"}
     assert (finished.out / "study.md").read_text() == found["markdown"]
     page = (finished.out / "study.html").read_text()
     assert "mhmoe-4" in page
@@ -175,6 +180,37 @@ def test_several_workers(
     assert "cells 8/8 finished" in printed.err
     assert "study.html" in printed.out
     assert tables(plan_of(tree)) == tables(finished)
+    assert [times.arm for times in read_times(plan_of(tree), "masked")] == ["smoe", "mhmoe-4"]
+
+
+def test_steps_are_timed_in_turns_on_the_same_samples_and_change_nothing(finished: Plan) -> None:
+    config = finished.config.model_copy(update={"num_timed_steps": 3})
+    plan = Plan(config)
+    seen: list[tuple[int, list[torch.Tensor], bool]] = []
+
+    def step(module: Task, optimizer: Any, micro_batches: list[MicroBatch], **options: Any) -> Any:
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        train_step(module, optimizer, micro_batches, **options)
+        is_same = all((tensor == before[name]).all() for name, tensor in module.state_dict().items())
+        seen.append((id(module), [micro["pair"].image for micro in micro_batches], bool(is_same)))
+
+    with mock.patch.object(stopwatch, "train_step", step):
+        measure_times(plan)
+    smoe, mhmoe = read_times(plan, "masked")
+    assert (smoe.arm, mhmoe.arm, mhmoe.reference) == ("smoe", "mhmoe-4", "smoe")
+    assert len(mhmoe.seconds) == len(mhmoe.reference_seconds) == 3
+    assert min(*mhmoe.seconds, *mhmoe.reference_seconds) > 0
+    # Two arms, each with its reference, two steps to warm up and three; who is first alternates.
+    assert len(seen) == 20
+    for (first, images, _), (second, others, _) in zip(seen[::2], seen[1::2], strict=True):
+        assert first != second
+        assert all((image == other).all() for image, other in zip(images, others, strict=True))
+    assert [first for first, *_ in seen[10::2]] == [seen[10][0], seen[11][0]] * 2 + [seen[10][0]]
+    assert all(is_same for *_, is_same in seen)
+    with mock.patch.object(stopwatch, "train_step", side_effect=AssertionError):
+        measure_times(plan)
+    (path,) = (plan.out / "times").iterdir()
+    path.unlink()
 
 
 def test_a_worker_that_fails_is_heard(

@@ -195,7 +195,7 @@ def test_the_walk_s_tokenizers_fit_its_models(walk: list[Call]) -> None:
 
 def test_study_data_makes_what_the_main_study_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the scenes, quickstart.sh; of the rest, a command of study_data.sh."""
-    monkeypatch.setenv("TEXT", "official")
+    monkeypatch.setenv("PUBLIC", "official")
     monkeypatch.setenv("PYTHON", "python")
     scenes = tmp_path / "data/quickstart"
     scenes.mkdir(parents=True)
@@ -208,11 +208,13 @@ def test_study_data_makes_what_the_main_study_reads(tmp_path: Path, monkeypatch:
     seen = set()
     for run in (plan.base_run(cell) for cell in plan.cells):
         paths = {path for source in (*run.data.train.values(), *run.data.validation.values()) for path in source.paths}
-        for path in {*paths, run.data.text_tokenizer}:
+        codebooks = {run.task.visual_codebook} if run.task.kind == "pretrain" else set()
+        for path in {*paths, *codebooks, run.data.text_tokenizer}:
             place = next((place for place in made if is_at(path, place)), None)
             assert place or is_at(path, "data/quickstart"), path
             seen.add(place)
         assert made[run.data.text_tokenizer].vocab_size <= run.model.vocab_size
+        assert all(made[path].num_codes <= run.model.num_visual_codes for path in codebooks)
     assert {place for place in made if not place.endswith("-val")} <= seen
 
 
