@@ -39,7 +39,7 @@ train() {
 
 rm -rf "$DATA"
 say "sample data: rendered scenes in the official COCO, VQAv2 and NLVR2 file formats"
-"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --num-colors 4 --workers 2 "${scene_options[@]}"
+"$PYTHON" -m data_prep.make_scenes --out $DATA/scenes --num-colors 5 --workers 2 "${scene_options[@]}"
 
 say "shards"
 pack_images() {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from mhmoe_vl.config import Config
 
@@ -38,28 +39,38 @@ class ImageTransform:
 
     def __init__(self, size: int, augment: AugmentConfig | None = None) -> None:
         self.size = size
-        bicubic = InterpolationMode.BICUBIC
-        steps: list[torch.nn.Module] = []
-        if augment is not None and augment.crop_scale is not None:
-            steps.append(v2.RandomResizedCrop(size, scale=(augment.crop_scale, 1.0), interpolation=bicubic))
-        else:
-            steps.append(v2.Resize((size, size), interpolation=bicubic))
-        if augment is not None:
-            if augment.flip:
-                steps.append(v2.RandomHorizontalFlip())
-            if augment.color_jitter:
-                steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-            if augment.rand_augment:
-                steps.append(v2.RandAugment(num_ops=2, magnitude=7, interpolation=bicubic))
-        steps.append(v2.PILToTensor())
-        self.transform = v2.Compose(steps)
-        self.is_random = len(steps) > 2 or (augment is not None and augment.crop_scale is not None)
+        self.augmentation = None if augment is None else _augmentation(size, augment)
 
     def __call__(self, picture: Image.Image, seed: int) -> Tensor:
         """Apply with randomness from ``seed`` alone; the global generator is left as it was."""
-        if picture.size == (self.size, self.size) and not self.is_random:
-            return v2.functional.pil_to_tensor(picture)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the GPUs, which are not put back.
-            torch.default_generator.manual_seed(seed)
-            return self.transform(picture)
+        if self.augmentation is not None:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would also seed the GPUs, which are not put back.
+                torch.default_generator.manual_seed(seed)
+                picture = self.augmentation(picture)
+        if picture.size != (self.size, self.size):
+            picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels_HWC = torch.from_numpy(np.array(picture))
+        return pixels_HWC.permute(2, 0, 1)
+
+
+def _augmentation(size: int, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image] | None:
+    """What is random, if anything is."""
+    if not (augment.crop_scale or augment.flip or augment.color_jitter or augment.rand_augment):
+        return None
+    # Takes a second or two to import, which every command would wait for.
+    from torchvision.transforms import InterpolationMode, v2
+
+    bicubic = InterpolationMode.BICUBIC
+    steps: list[torch.nn.Module] = []
+    if augment.crop_scale is not None:
+        steps.append(v2.RandomResizedCrop(size, scale=(augment.crop_scale, 1.0), interpolation=bicubic))
+    else:
+        steps.append(v2.Resize((size, size), interpolation=bicubic))
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augment.color_jitter:
+        steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+    if augment.rand_augment:
+        steps.append(v2.RandAugment(num_ops=2, magnitude=7, interpolation=bicubic))
+    return v2.Compose(steps)

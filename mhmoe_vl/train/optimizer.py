@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.scheduler.poly_lr import PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from mhmoe_vl.config import Config
 from mhmoe_vl.tasks.base import Task
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -73,6 +73,10 @@ def build_optimizer(task: Task, config: OptimizerConfig) -> torch.optim.AdamW:
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> Scheduler:
     """Warm-up and decay. ``step_update(step)`` sets the rates of a step from its number alone, so a resumed run needs
     no schedule state; groups are scaled by their ``lr_scale``."""
+    # timm imports all its models and torchvision's with it, which evaluations need not wait for.
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+    from timm.scheduler.poly_lr import PolyLRScheduler
+
     arguments = {
         "t_initial": max_steps - config.warmup_steps,
         "lr_min": config.learning_rate * config.final_ratio,

@@ -12,6 +12,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations, permutations, product
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Noun(NamedTuple):
     shape: str = ""
 
     def __str__(self) -> str:
-        return " ".join(word for word in (self.size, self.color, self.shape or "object") if word)
+        return _in_words(self)
 
     @property
     def plural(self) -> str:
@@ -43,6 +44,11 @@ class Noun(NamedTuple):
 
     def counted(self, number: int) -> str:
         return f"a {self}" if number == 1 else f"{_NUMBER_WORDS[number]} {self.plural}"
+
+
+@cache  # there are few, and each is said a million times
+def _in_words(noun: Noun) -> str:
+    return " ".join(word for word in (noun.size, noun.color, noun.shape or "object") if word)
 
 
 _OBJECT_NOUN = Noun()

@@ -10,12 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from webdataset.writer import TarWriter
-
 from mhmoe_vl.data.files import completed
 from mhmoe_vl.data.prepare.images import load_image
 from mhmoe_vl.data.prepare.records import Record
 from mhmoe_vl.data.prepare.scan import scan_shard
+from mhmoe_vl.data.prepare.tar_writer import TarWriter
 from mhmoe_vl.data.shards import (
     INDEX_FORMAT,
     MAX_MEMBER_BYTES,

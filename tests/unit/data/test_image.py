@@ -31,7 +31,7 @@ def test_without_augmentation_it_is_pillow_s_bicubic_resize_whatever_the_seed() 
     image = picture()
     expected = torch.from_numpy(np.array(image.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     for transform in (ImageTransform(16), ImageTransform(16, AugmentConfig(crop_scale=None, flip=False))):
-        assert not transform.is_random
+        assert transform.augmentation is None
         assert torch.equal(transform(image, 1), expected)
         assert torch.equal(transform(image, 2), expected)
 

@@ -63,8 +63,9 @@ def write_run(plan: Plan, cell: Cell, loss: float) -> None:
 
 
 def write_times(plan: Plan, task: str, seconds: dict[str, list[float]]) -> None:
-    """What a measurement leaves, made up; the reference took 0.5, 1 and 1.5 seconds."""
-    times = [StepTimes(arm, "smoe", of_arm, [0.5, 1.0, 1.5], "a machine") for arm, of_arm in seconds.items()]
+    """What a measurement leaves, made up; the first arm is the reference, and took 0.5, 1 and 1.5 seconds."""
+    reference = next(iter(seconds))
+    times = [StepTimes(arm, reference, of_arm, [0.5, 1.0, 1.5], "a machine") for arm, of_arm in seconds.items()]
     path = plan.out / "times" / f"{task}.json"
     path.parent.mkdir()
     path.write_text(json.dumps([asdict(of_arm) for of_arm in times]))
@@ -100,4 +101,5 @@ def finished_study(folder: Path) -> Results:
         if cell.kind == "fine":
             card = ScoreCard("vqa", "accuracy", 50.0 + 10 * losses[cell.arm.name][cell.seed], 22.5, None, 80)
             card.write(plan.out / cell.name / "vqa_score.json")
+    write_times(plan, "masked", {arm.name: [0.5, 1.0, 1.5] for arm in plan.arms})
     return collect(plan)

@@ -1,0 +1,20 @@
+"""``webdataset``'s writer of tar files, imported without torch.
+
+``webdataset`` uses torch where it is installed and goes on without it where it is not. Writing a tar does not need it,
+and importing it takes longer than packing a small data set.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["TarWriter"]
+
+if "torch" in sys.modules:
+    from webdataset.writer import TarWriter
+else:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # to import it is then a ModuleNotFoundError
+    try:
+        from webdataset.writer import TarWriter
+    finally:
+        del sys.modules["torch"]
