@@ -144,6 +144,8 @@ def run_harness(
     for name in names:
         if name not in known:
             raise ConfigError(f"tasks: no task '{name}'{suggest(name, sorted(known))}; see lm_eval ls tasks, --include")
+        if known[name].kind.name in ("GROUP", "TAG"):
+            raise ConfigError(f"tasks: '{name}' is several tasks, each with its own scores; name those that it holds")
     with tempfile.TemporaryDirectory() as folder:
         if local_data is not None:
             for name in names:

@@ -148,6 +148,10 @@ def test_what_is_not_there(shards: Path, corpus: Path, task_files: Path, tmp_pat
 
     with pytest.raises(ConfigError, match=r"no task 'arc_eazy' \(did you mean 'arc_easy'\?\)"):
         run("arc_eazy")
+    # A tag and a group of the harness.
+    for several in ("ai2_arc", "xnli"):
+        with pytest.raises(ConfigError, match=f"'{several}' is several tasks"):
+            run(several)
     with pytest.raises(ConfigError, match=r"shapes: has no metric 'acc_nrm' \(did you mean 'acc_norm'\?\); it has acc"):
         run("shapes", "acc_nrm")
     with pytest.raises(DataError, match=r"piqa: has none of train.jsonl, validation.jsonl, test.jsonl"):
