@@ -74,7 +74,12 @@ def measure_times(plan: Plan) -> None:
         if reference_of(plan) not in starts or names == sorted(times.arm for times in read_times(plan, task)):
             continue
         logger.info("timing the training steps of %s", task)
-        measured = [asdict(times) for times in _measure(plan, starts)]
+        try:
+            measured = [asdict(times) for times in _measure(plan, starts)]
+        except torch.OutOfMemoryError:
+            logger.warning("%s: no times: two of its models do not fit into the memory of one device", task)
+            continue
+        _path(plan, task).parent.mkdir(exist_ok=True)
         write_text(_path(plan, task), json.dumps(measured, indent=1) + "\n")
 
 
