@@ -25,8 +25,8 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
 
 def test_the_studies_that_there_are() -> None:
     assert {f"{name}.yaml" for name in (
-        "main", "heads", "head_merge_layers", "no_split", "experts", "top_k", "inner_residual", "router", "pools",
-        "balancing", "controls", "smoke",
+        "main", "heads", "head_merge_layers", "no_split", "experts", "experts_wide", "top_k", "inner_residual",
+        "router", "pools", "balancing", "controls", "smoke",
     )} == set(STUDIES)  # fmt: skip
 
 
