@@ -18,7 +18,7 @@ install: $(VENV)/.installed ## make .venv with everything in it
 quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report.html
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash quickstart.sh
 
-study-smoke: install ## a whole comparison of kinds in two minutes; its numbers mean nothing
+study-smoke: install ## a whole comparison of kinds in about a minute; its numbers mean nothing
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash study_smoke.sh
 
 study: install ## the main comparison, on public data: make study PUBLIC=folder (docs/study.md); more than an hour

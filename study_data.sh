@@ -2,7 +2,7 @@
 # Data of configs/study/main.yaml: shards, tokenizers and a codebook from public texts and images, and the scenes of the quickstart.
 # What is there already is left as it is. docs/study.md says where the public data come from.
 #
-#   PUBLIC=/path/to/data bash study_data.sh      two minutes on two CPU cores
+#   PUBLIC=/path/to/data bash study_data.sh      three minutes on two CPU cores, the scenes included
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A whole study in two minutes on two CPU cores, from nothing: data, learning-rate sweep, training, fine-tuning, evaluation,
+# A whole study in about a minute on two CPU cores, from nothing: data, learning-rate sweep, training, fine-tuning, evaluation,
 # tables and page, with both controls (configs/study/smoke.yaml). Its numbers mean nothing.
 set -euo pipefail
 cd "$(dirname "$0")"
