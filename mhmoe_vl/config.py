@@ -8,9 +8,10 @@ nearest key.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin
+from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -37,9 +38,28 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
     Raises:
         ConfigError: missing or malformed file, unknown key, or a value that the schema refuses.
     """
-    removable = list(_named_mappings(schema))
-    tree = _apply_overrides(_load_tree(Path(path), removable, chain=()), overrides, removable)
-    return validate_config(schema, _without_removed(tree, removable, where=str(path)), where=str(path))
+    return ConfigFile(schema, path).load(overrides)
+
+
+class ConfigFile(Generic[ConfigT]):
+    """A configuration file with its bases, read once for any number of overrides.
+
+    Raises:
+        ConfigError: missing or malformed file.
+    """
+
+    def __init__(self, schema: type[ConfigT], path: str | Path) -> None:
+        self._schema, self._path = schema, path
+        self._removable = list(_named_mappings(schema))
+        self._tree = _load_tree(Path(path), self._removable, chain=())
+
+    def load(self, overrides: Sequence[str] = ()) -> ConfigT:
+        """Raises:
+        ConfigError: unknown key, or a value that the schema refuses.
+        """
+        tree = _apply_overrides(copy.deepcopy(self._tree), overrides, self._removable)
+        where = str(self._path)
+        return validate_config(self._schema, _without_removed(tree, self._removable, where=where), where=where)
 
 
 def validate_config(schema: type[ConfigT], tree: dict[str, Any], where: str = "config") -> ConfigT:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from mhmoe_vl.config import load_config
+from mhmoe_vl.config import ConfigFile
 from mhmoe_vl.errors import ConfigError, suggest
 from mhmoe_vl.study.config import ArmConfig, EvaluationConfig, StudyConfig
 from mhmoe_vl.train.config import RunConfig
@@ -74,6 +74,7 @@ class Plan:
         self.out = Path(config.out)
         self.arms = _arms_of(config)
         self._require_fine_tuned_arms()
+        self._files: dict[str, ConfigFile[RunConfig]] = {}
         self._loaded: dict[tuple[str, str | None, str], RunConfig] = {}
         # Problems of any cell are found before the first one runs.
         for cell in self.cells:
@@ -167,7 +168,9 @@ class Plan:
             model.append(f"model.moe.num_experts={arm.num_experts}")
         settings = [*study.overrides, *source.overrides, *model, *arm.config.overrides]
         try:
-            return load_config(RunConfig, source.config, settings)
+            if source.config not in self._files:
+                self._files[source.config] = ConfigFile(RunConfig, source.config)
+            return self._files[source.config].load(settings)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name} of task {cell.task}: {error}") from None
 

@@ -5,6 +5,7 @@ The runs' own clocks cannot say it: cells run beside each other, on machines tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import statistics
@@ -16,15 +17,16 @@ from pathlib import Path
 
 import torch
 
+from mhmoe_vl.config import dump_config
 from mhmoe_vl.data.loader import train_loader
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.distributed.world import World, open_world
+from mhmoe_vl.errors import UserError
 from mhmoe_vl.evaluation.results_files import write_text
 from mhmoe_vl.study.cells import Arm, Cell, Plan
-from mhmoe_vl.study.execute import directory_of, has_diverged, is_finished, run_of
+from mhmoe_vl.study.execute import directory_of, has_diverged, is_finished
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task
-from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.optimizer import build_optimizer
 from mhmoe_vl.train.precision import autocast_for
 from mhmoe_vl.train.step import Figures, train_step
@@ -43,10 +45,12 @@ class StepTimes:
     samples.
 
     Attributes:
+        config: digest of the arm's settings, which the times are no longer of once they change.
         machine: what they were measured on, in words.
     """
 
     arm: str
+    config: str
     reference: str
     seconds: list[float]
     reference_seconds: list[float]
@@ -64,9 +68,10 @@ def reference_of(plan: Plan) -> Arm:
 
 
 def measure_times(plan: Plan) -> None:
-    """Measure every task whose runs are finished, unless that has been done for the same arms.
+    """Measure every task whose runs are finished, unless that has been done for the same arms and settings.
 
     To be called while nothing else runs. A reference that diverged leaves its task without times, another arm itself.
+    A task that cannot be timed any more (its data are gone, two of its models are too large for one device) has none.
     """
     for task in plan.config.tasks:
         starts = {arm: start for arm in plan.arms if (start := _trained(plan, task, arm)) is not None}
@@ -79,14 +84,20 @@ def measure_times(plan: Plan) -> None:
         except torch.OutOfMemoryError:
             logger.warning("%s: no times: two of its models do not fit into the memory of one device", task)
             continue
+        except UserError as error:
+            logger.warning("%s: no times: %s", task, error)
+            continue
         _path(plan, task).parent.mkdir(exist_ok=True)
         write_text(_path(plan, task), json.dumps(measured, indent=1) + "\n")
 
 
 def read_times(plan: Plan, task: str) -> list[StepTimes]:
-    """Of the arms that have been measured."""
+    """Of the arms that have been measured with their present settings; none if the reference's have changed."""
     path = _path(plan, task)
-    return [StepTimes(**times) for times in json.loads(path.read_text())] if path.is_file() else []
+    found = [StepTimes(**times) for times in json.loads(path.read_text())] if path.is_file() else []
+    digests = {arm.name: settings_digest(plan, task, arm) for arm in plan.arms}
+    valid = [times for times in found if digests.get(times.arm) == times.config]
+    return valid if any(times.arm == reference_of(plan).name for times in valid) else []
 
 
 def step_seconds(measured: list[StepTimes]) -> dict[str, float]:
@@ -97,6 +108,12 @@ def step_seconds(measured: list[StepTimes]) -> dict[str, float]:
 
 def _path(plan: Plan, task: str) -> Path:
     return plan.out / TIMES / f"{task}.json"
+
+
+def settings_digest(plan: Plan, task: str, arm: Arm) -> str:
+    """By which times know whether they are still those of the arm."""
+    run = plan.base_run(Cell("train", task, arm, plan.config.seeds[0]))
+    return hashlib.sha256(dump_config(run).encode()).hexdigest()[:16]
 
 
 def _trained(plan: Plan, task: str, arm: Arm) -> Cell | None:
@@ -112,7 +129,10 @@ def _measure(plan: Plan, starts: dict[Arm, Cell]) -> list[StepTimes]:
         machine = run_directory.machine_of(run_directory.environment(world.world_size))
         # The reference is measured against itself too, which shows how far to believe the others.
         for arm, start in starts.items():
-            own, other = (_steps(plan, cell, world, num_steps) for cell in (start, starts[reference]))
+            own, other = (
+                _steps(directory_of(plan, cell), world, _NUM_WARM_UP_STEPS + num_steps)
+                for cell in (start, starts[reference])
+            )
             seconds: list[float] = []
             reference_seconds: list[float] = []
             turns = [(own, seconds), (other, reference_seconds)]
@@ -123,6 +143,7 @@ def _measure(plan: Plan, starts: dict[Arm, Cell]) -> list[StepTimes]:
             found.append(
                 StepTimes(
                     arm.name,
+                    settings_digest(plan, start.task, arm),
                     reference.name,
                     seconds[_NUM_WARM_UP_STEPS:],
                     reference_seconds[_NUM_WARM_UP_STEPS:],
@@ -133,12 +154,12 @@ def _measure(plan: Plan, starts: dict[Arm, Cell]) -> list[StepTimes]:
     return found
 
 
-def _steps(plan: Plan, cell: Cell, world: World, num_steps: int) -> Callable[[], float]:
+def _steps(directory: Path, world: World, num_steps: int) -> Callable[[], float]:
     """A function that takes the next training step of a finished run, loading its samples too, and returns its seconds.
     The weights stay what they are, but for selection biases."""
-    config: RunConfig = run_of(plan, cell)
+    config = run_directory.load_run(directory)
     task = build_task(config)
-    task.load_state_dict(load_weights(Path(config.out) / run_directory.WEIGHTS))
+    task.load_state_dict(load_weights(directory / run_directory.WEIGHTS))
     task.to(world.device).train()
     optimizer = build_optimizer(task, config.optimizer)
     for group in optimizer.param_groups:
@@ -148,7 +169,7 @@ def _steps(plan: Plan, cell: Cell, world: World, num_steps: int) -> Callable[[],
         train_loader(
             dataset,
             build_plan(config, dataset),
-            steps=range(_NUM_WARM_UP_STEPS + num_steps),
+            steps=range(num_steps),
             num_micro_batches=config.num_micro_batches,
             rank=0,
             world_size=1,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from mhmoe_vl.config import validate_config
 from mhmoe_vl.data.loader import MicroBatch
-from mhmoe_vl.errors import ConfigError, OutputError
+from mhmoe_vl.errors import ConfigError, DataError, OutputError
 from mhmoe_vl.study import execute, stopwatch
 from mhmoe_vl.study.__main__ import main, state_of, write_results
 from mhmoe_vl.study.cells import Plan
@@ -209,8 +209,14 @@ def test_steps_are_timed_in_turns_on_the_same_samples_and_change_nothing(finishe
     assert all(is_same for *_, is_same in seen)
     with mock.patch.object(stopwatch, "train_step", side_effect=AssertionError):
         measure_times(plan)
+    # Other settings, other times; with data that are gone, none.
+    slower = Plan(config.model_copy(update={"overrides": ("data.batch_size=12",)}))
+    assert read_times(slower, "masked") == []
     (path,) = (plan.out / "times").iterdir()
     path.unlink()
+    with mock.patch.object(stopwatch, "build_dataset", side_effect=DataError("no such shard")):
+        measure_times(plan)
+    assert read_times(plan, "masked") == []
 
 
 def test_a_worker_that_fails_is_heard(

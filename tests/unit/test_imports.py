@@ -25,9 +25,23 @@ def imported_by(modules: list[str]) -> set[str]:
 
 
 def test_packing_needs_no_torch() -> None:
-    found = imported_by(PACKING)
-    assert "webdataset" in found
-    assert not found & {"torch", "torchvision", "sklearn", "timm", "matplotlib"}
+    assert not imported_by(PACKING) & {"torch", "torchvision", "sklearn", "timm", "matplotlib"}
+
+
+def test_packing_leaves_webdataset_whole_for_others(tmp_path: Path) -> None:
+    program = """
+import sys
+from mhmoe_vl.data.prepare.tar_writer import TarWriter
+with TarWriter(sys.argv[1]) as tar:
+    tar.write({"__key__": "a", "txt": b"text"})
+assert "torch" not in sys.modules
+import torch, webdataset
+assert issubclass(webdataset.WebDataset, torch.utils.data.IterableDataset)
+print([sample["txt"] for sample in webdataset.WebDataset(sys.argv[1], shardshuffle=False)])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "a.tar")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[b'text']\n"
 
 
 def test_evaluations_need_no_collections_of_models() -> None:

@@ -18,3 +18,6 @@ else:
         from webdataset.writer import TarWriter
     finally:
         del sys.modules["torch"]
+        # Whoever imports webdataset later in this process shall get it with torch.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
+            del sys.modules[name]

@@ -14,7 +14,7 @@ from mhmoe_vl.evaluation.score_card import ScoreCard
 from mhmoe_vl.study.cells import Cell, Plan
 from mhmoe_vl.study.config import StudyConfig
 from mhmoe_vl.study.results import Results, collect
-from mhmoe_vl.study.stopwatch import StepTimes
+from mhmoe_vl.study.stopwatch import StepTimes, settings_digest
 
 
 def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -65,7 +65,11 @@ def write_run(plan: Plan, cell: Cell, loss: float) -> None:
 def write_times(plan: Plan, task: str, seconds: dict[str, list[float]]) -> None:
     """What a measurement leaves, made up; the first arm is the reference, and took 0.5, 1 and 1.5 seconds."""
     reference = next(iter(seconds))
-    times = [StepTimes(arm, reference, of_arm, [0.5, 1.0, 1.5], "a machine") for arm, of_arm in seconds.items()]
+    arms = {arm.name: arm for arm in plan.arms}
+    times = [
+        StepTimes(arm, settings_digest(plan, task, arms[arm]), reference, of_arm, [0.5, 1.0, 1.5], "a machine")
+        for arm, of_arm in seconds.items()
+    ]
     path = plan.out / "times" / f"{task}.json"
     path.parent.mkdir()
     path.write_text(json.dumps([asdict(of_arm) for of_arm in times]))
