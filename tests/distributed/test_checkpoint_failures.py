@@ -14,7 +14,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from mhmoe_vl.distributed import checkpoint, manifest
-from mhmoe_vl.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from mhmoe_vl.distributed.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_checkpoint_weights,
+    save_checkpoint,
+)
 from mhmoe_vl.distributed.parallel import parallelize
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import CheckpointError, OutputError
@@ -69,6 +74,23 @@ def test_every_flipped_bit_is_noticed(root: Path) -> None:
                 manifest.verify(newest)
         file.write_bytes(intact)
     manifest.verify(newest)
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_taken(root: Path) -> None:
+    newest = root / "step_0000002"
+    toy, original = make_toy(seed=5), make_toy(seed=2)
+    load_checkpoint_weights(newest, toy)
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(toy.state_dict()[name], tensor)
+    file = max(newest.glob("*.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    toy = make_toy(seed=5)
+    with pytest.raises(CheckpointError, match="step_0000002"):
+        load_checkpoint_weights(newest, toy)
+    for name, tensor in make_toy(seed=5).state_dict().items():
+        assert torch.equal(toy.state_dict()[name], tensor)
 
 
 def truncate(path: Path) -> None:

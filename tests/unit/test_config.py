@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from mhmoe_vl.config import Config, dump_config, load_config, validate_config
+from mhmoe_vl.config import Config, ConfigFile, dump_config, load_config, validate_config
 from mhmoe_vl.errors import ConfigError, UserError, exit_on_user_error, suggest
 from mhmoe_vl.evaluation.lm_harness import LanguageEvaluationConfig
 from mhmoe_vl.models.config import ModelConfig
@@ -92,6 +92,14 @@ def test_null_takes_an_entry_of_a_base_away(tmp_path: Path) -> None:
     write(tmp_path / "without.yaml", {"by_name": {"y": None}})
     both = write(tmp_path / "both.yaml", {"base": ["base.yaml", "without.yaml"]})
     assert load_config(Outer, both).by_name == {"x": Inner(rate=1.0)}
+
+
+def test_a_file_that_is_read_once_is_the_same_for_all_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", {"num_steps": 1, "by_name": {"x": {"rate": 1.0}, "y": {}}})
+    file = ConfigFile(Outer, path)
+    whole = file.load()
+    assert file.load(["by_name.y=null", "inner.rate=2"]).by_name == {"x": Inner(rate=1.0)}
+    assert file.load() == whole == load_config(Outer, path)
 
 
 def test_null_takes_a_source_of_a_shipped_file_away() -> None:
