@@ -72,9 +72,7 @@ def build_task(config: RunConfig) -> Task:
     return assemble_task(config, codebook=codebook, num_answers=num_answers, num_classes=num_classes)
 
 
-def assemble_task(
-    config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int, num_classes: int
-) -> Task:
+def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int, num_classes: int) -> Task:
     """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA, the
     classes of classification."""
     model, task = config.model, config.task
