@@ -83,8 +83,9 @@ class RetrievalEvaluation(Evaluation):
         """Without images there is nothing to rank."""
 
     def score(self, args: argparse.Namespace, train_data: Sequence[str] | None) -> ScoreCard:
+        all_captions = captions_by_image(args.data)
         predictions = load_rankings(args.predictions)
-        captions = first_captions(captions_by_image(args.data), predictions.captions_per_image)
+        captions = first_captions(all_captions, predictions.captions_per_image)
         recall, chance = retrieval_recall(predictions.whole, captions), chance_recall(captions)
         details = recall.percent() | {"mean of the six": 100 * recall.mean_of_all} | chance.percent("chance: ")
         if predictions.folds is not None and predictions.fold_size is not None:
