@@ -147,7 +147,7 @@ class _Draft:
             costs[name].training_flops * number for name, number in self.shares.items()
         )
         mean = sum(costs[name].training_flops * number for name, number in numbers.items()) / layout.world_size
-        useful = 3 * sum(costs[name].forward_flops * number for name, number in numbers.items())
+        useful = sum(costs[name].useful_flops * number for name, number in numbers.items())
         dtype = str(self.dtype).removeprefix("torch.")
         ceiling = device.matmul_flops[dtype] * layout.world_size
         return Plan(

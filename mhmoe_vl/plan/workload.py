@@ -164,17 +164,24 @@ class SampleCost:
     pair that a pair is compared with, are left out.
 
     Attributes:
-        forward_flops: of what is trained: encoder and heads, of a linear probe the head.
-        frozen_flops: of what has no backward pass: the visual codebook, and the encoder of a linear probe.
+        forward_flops: of encoder and heads.
+        trained_flops: of these, what has a backward pass: all, or of a linear probe the head.
+        target_flops: of the visual codebook, which has no backward pass.
     """
 
     forward_flops: int
-    frozen_flops: int
+    trained_flops: int
+    target_flops: int
+
+    @property
+    def useful_flops(self) -> int:
+        """Forward and backward pass, the latter at twice the former; nothing that is recomputed."""
+        return self.forward_flops + 2 * self.trained_flops
 
     @property
     def training_flops(self) -> int:
-        """Forward and backward pass, the latter at twice the former, and what is frozen; nothing that is recomputed."""
-        return 3 * self.forward_flops + self.frozen_flops
+        """The useful ones, and the targets."""
+        return self.useful_flops + self.target_flops
 
 
 def sample_cost(task: Task, sample: Sample) -> SampleCost:
@@ -187,10 +194,12 @@ def sample_cost(task: Task, sample: Sample) -> SampleCost:
     patch_size = 3 * model.patch_size**2
     encoder += sample.num_sequences * 2 * num_patches * patch_size * model.dim
     heads = sum(num_rows * matrix_flops(head) for one in sample.passes for head, num_rows in heads_of(task, one))
-    if is_frozen(task):
-        return SampleCost(heads, encoder)
     is_coded = isinstance(task, PretrainTask) and num_patches > 0
-    return SampleCost(encoder + heads, 2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0)
+    return SampleCost(
+        forward_flops=encoder + heads,
+        trained_flops=heads if is_frozen(task) else encoder + heads,
+        target_flops=2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0,
+    )
 
 
 def is_frozen(task: Task) -> bool:

@@ -11,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval.classification
 import eval.retrieval
+from mhmoe_vl.analysis.measure import analyse_experts
 from mhmoe_vl.config import validate_config
+from mhmoe_vl.data.plan import SampleRef, permuted
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.evaluation.predict import embed_images, embed_texts
 from mhmoe_vl.evaluation.retrieval_recall import Rankings, rank_pairs
 from mhmoe_vl.evaluation.truth import captions_by_image
 from mhmoe_vl.tasks.retrieval import RetrievalTask
+from mhmoe_vl.train.build import build_dataset
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
@@ -66,14 +70,23 @@ def test_one_and_two_steps_are_three_bit_for_bit(
     assert figures(tmp_path / "run") == figures(unbroken[name])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["retrieval", "probe"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("retrieval", {"strategy": "ddp"}),
+        ("retrieval", {"strategy": "fsdp"}),
+        ("retrieval", {"strategy": "fsdp", "expert_parallel": 2}),
+        ("probe", {"strategy": "ddp"}),
+        ("probe", {"strategy": "fsdp", "expert_parallel": 2}),
+    ],
+    ids=str,
+)
 def test_two_processes_train_the_model_of_one(
-    shards: Path, pretrained: Path, tmp_path: Path, unbroken: dict[str, Path], name: str, strategy: str
+    shards: Path, pretrained: Path, tmp_path: Path, unbroken: dict[str, Path], name: str, layout: dict[str, Any]
 ) -> None:
     """Of six pairs each has three, and compares them with all six."""
     out = tmp_path / "run"
-    tree = {"retrieval": retrieval, "probe": probe}[name](shards, out, pretrained, strategy=strategy)
+    tree = {"retrieval": retrieval, "probe": probe}[name](shards, out, pretrained, **layout)
     run_ranks(partial(train, tree), 2)
     for kind in ("train", "validation"):
         for found, expected in zip(read_metrics(out, kind), read_metrics(unbroken[name], kind), strict=True):
@@ -86,6 +99,25 @@ def test_two_processes_train_the_model_of_one(
         # A softmax does not see the bias of keys: its gradient is rounding, which Adam makes as large as any other.
         if not (".qkv." in tensor_name and tensor_name.endswith(".bias")):
             assert torch.allclose(found[tensor_name], tensor, rtol=1e-4, atol=1e-4), tensor_name
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "figure"),
+    [("retrieval", "pairs-train", "mean of the six"), ("classification", "classes-train", "score")],
+)
+def test_they_learn_what_they_are_shown(shards: Path, tmp_path: Path, task: str, data: str, figure: str) -> None:
+    """24 scenes, 80 times: from scratch, and far above what a random order and the commonest class reach."""
+    tree = fine_tuning(shards, tmp_path / "run", task, tmp_path)
+    tree |= {"init_from": None, "max_steps": 80, "num_micro_batches": 1, "log_every": 40}
+    tree["model"] |= {"dim": 32, "drop_path": 0.0}
+    tree["data"] |= {"batch_size": 24, "augment": {"crop_scale": None, "flip": False}}
+    tree["optimizer"] = {"learning_rate": 5e-3, "warmup_steps": 5}
+    train(tree)
+    program = {"retrieval": eval.retrieval, "classification": eval.classification}[task]
+    assert program.main(["--run", str(tmp_path / "run"), "--data", str(shards / data)]) == 0
+    card = json.loads((tmp_path / "run" / f"{task}_score.json").read_text())
+    by_chance = [value for name, value in card["details"].items() if name.startswith("chance: ")] or [card["majority"]]
+    assert (card["details"] | card)[figure] > 1.5 * sum(by_chance) / len(by_chance)
 
 
 def test_a_probe_leaves_the_encoder_as_it_was(pretrained: Path, unbroken: dict[str, Path]) -> None:
@@ -114,6 +146,24 @@ def test_ranks_share_out_an_evaluation(shards: Path, unbroken: dict[str, Path]) 
         return rank_pairs(captions, images, of_texts)
 
     assert run_ranks(rankings, 2) == [rankings(ALONE)] * 2
+
+
+def test_experts_are_analysed_as_the_task_uses_them(shards: Path, unbroken: dict[str, Path]) -> None:
+    """Image and text apart: what the text is does not reach the image's routers."""
+    run = load_trained(unbroken["retrieval"], ALONE, task_kind="retrieval")
+    found = analyse_experts(run, run.config.data.validation, num_samples=4)
+    dataset = build_dataset(run.config, run.config.data.validation, training=False)
+    refs = [SampleRef("x", 0, permuted(position, 8, "analysis")) for position in range(4)]
+    with torch.no_grad():
+        encoded = run.task.encoder(dataset.batch("x", refs).image)
+    (routing,) = [item.routing for item in encoded.routings if item.name == "block1/vision"]
+    counted = torch.bincount(routing.experts_NK.flatten(), minlength=routing.num_experts)
+    (pool,) = [use for use in found.pools if use.pool == "block1/vision"]
+    assert pool.load == pytest.approx((counted / counted.sum()).tolist())
+    assert {use.pool for use in found.pools} == {"block1/vision", "block1/text"}
+    probed = load_trained(unbroken["probe"], ALONE, task_kind="classification")
+    of_images = analyse_experts(probed, probed.config.data.validation, num_samples=4)
+    assert {use.pool for use in of_images.pools} == {"block1/vision"}
 
 
 def test_all_captions_or_the_first(shards: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "data_prep/*.md", "benchmarks/*.md", "mhmoe_vl/moe/*.md")
     for path in ROOT.glob(pattern)
 )
-SCRIPTS = [Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning", "retrieval", "classification", "language")]
+SCRIPTS = [
+    Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning", "retrieval", "classification", "language")
+]
 WITH_COMMANDS = [
     Path("README.md"),
     Path("docs/real_data.md"),

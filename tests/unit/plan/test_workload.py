@@ -59,8 +59,8 @@ def test_flops_are_what_a_counter_sees(task_kind: str, ffn: str) -> None:
         cost = sample_cost(task, sample)
         # Retrieval: three images by three texts, and the other way round, 32 wide.
         similarities = 2 * 2 * 3 * 3 * 32 if task_kind == "retrieval" else 0
-        assert counted == 3 * (cost.forward_flops + cost.frozen_flops) + similarities
-        assert cost.training_flops == 3 * cost.forward_flops + cost.frozen_flops
+        assert counted == 3 * (cost.forward_flops + cost.target_flops) + similarities
+        assert cost.training_flops == 3 * cost.forward_flops + cost.target_flops
 
 
 def test_the_encoder_of_a_linear_probe_has_no_backward_pass() -> None:
@@ -68,9 +68,9 @@ def test_the_encoder_of_a_linear_probe_has_no_backward_pass() -> None:
     probe = make_run("classification", options={"linear_probe": True})
     whole, frozen = (sample_cost(build_task_without_files(run), samples_of(run)["class"]) for run in (config, probe))
     # Norm and linear layer of 1,000 classes.
-    assert frozen.forward_flops == 2 * 32 * NUM_IMAGENET_CLASSES
-    assert frozen.forward_flops + frozen.frozen_flops == whole.forward_flops
-    assert whole.frozen_flops == 0
+    assert frozen.trained_flops == 2 * 32 * NUM_IMAGENET_CLASSES
+    assert frozen.forward_flops == whole.forward_flops == whole.trained_flops
+    assert frozen.training_flops == whole.forward_flops + 2 * frozen.trained_flops
 
 
 @pytest.mark.parametrize("task_kind", TASKS)
