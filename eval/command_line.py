@@ -22,14 +22,16 @@ class Evaluation(ABC):
     """What differs between the tasks.
 
     Attributes:
-        task: ``vqa``, ``nlvr2`` or ``captioning``.
-        predictions_name: name of the official results file inside a run directory.
+        task: ``vqa``, ``nlvr2``, ``captioning``, ``retrieval`` or ``classification``.
+        predictions_name: name of the results file, the official one where there is one, inside a run directory.
         batch_size: default of ``--batch-size``.
+        counts_training_data: whether its baselines are counted on training shards.
     """
 
     task: ClassVar[str]
     predictions_name: ClassVar[str]
     batch_size: ClassVar[int]
+    counts_training_data: ClassVar[bool] = True
 
     @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -89,7 +91,7 @@ def evaluate(evaluation: Evaluation, argv: Sequence[str] | None = None) -> int:
 
 def _score(evaluation: Evaluation, args: argparse.Namespace) -> ScoreCard:
     """The score beside its baselines, or alone if the training shards that the run names cannot be read any more."""
-    if args.train_data or not args.run:
+    if args.train_data or not args.run or not evaluation.counts_training_data:
         return evaluation.score(args, args.train_data)
     shards = train_shards(args.run)
     try:

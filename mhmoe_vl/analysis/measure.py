@@ -32,6 +32,7 @@ from mhmoe_vl.moe import MoE, MultiHeadMoE, Routing, RoutingStats, routing_stats
 from mhmoe_vl.moe.stats import ACTIVATION_CURVE
 from mhmoe_vl.tasks.captioning import CaptioningConfig
 from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
+from mhmoe_vl.tasks.retrieval import RetrievalConfig
 from mhmoe_vl.train.build import build_dataset
 from mhmoe_vl.train.config import RunConfig, SourceConfig
 from mhmoe_vl.train.metrics import ProgressBar
@@ -139,6 +140,9 @@ def _with_both_images(batch: Batch) -> Batch:
 @torch.no_grad()
 def _encode(config: RunConfig, encoder: MultiwayEncoder, batch: Batch) -> EncoderOutput:
     """As the run's own task does it, but with the whole image and text, in float32, without stochastic depth."""
+    if isinstance(config.task, RetrievalConfig):
+        of_image, of_text = encoder(batch.image), encoder(None, batch.text_ids, text_valid=batch.text_valid)
+        return EncoderOutput(of_image.vision, of_text.text, of_image.routings + of_text.routings, [])
     causal = isinstance(config.task, CaptioningConfig | LanguageModelingConfig)
     return encoder(
         batch.image,

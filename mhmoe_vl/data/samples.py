@@ -65,9 +65,9 @@ class PatchMasking:
 
 
 class ImageSamples(SampleBuilder):
-    """Images for masked image modeling, those of pairs too."""
+    """Images for masked image modeling, those of pairs and of classes too."""
 
-    shard_kinds = ("image", "pair")
+    shard_kinds = ("image", "pair", "class")
 
     def __init__(self, transform: ImageTransform, masking: PatchMasking) -> None:
         self.transform, self.masking = transform, masking
@@ -241,6 +241,35 @@ class Nlvr2Samples(SampleBuilder):
             text_ids=self.tokenizer.encode(clean_text(example["sentence"]), self.length),
             label=-1 if label is None else int(label),
         )
+
+
+class ClassSamples(SampleBuilder):
+    """Images with the number of their class in a list of classes."""
+
+    shard_kinds = ("class",)
+
+    def __init__(self, transform: ImageTransform, classes: Sequence[str]) -> None:
+        self.transform = transform
+        self.class_index = {name: index for index, name in enumerate(classes)}
+
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+        name = class_of(members)
+        if name not in self.class_index:
+            raise DataError(f"class '{name}' is not in the list of classes; pack with --classes of the training set")
+        image = self.transform(decode_image(image_member(members)), seed)
+        return Example(key, seed, image=image, label=self.class_index[name])
+
+
+def class_of(members: Mapping[str, bytes]) -> str:
+    """The class of an image.
+
+    Raises:
+        DataError: it has none.
+    """
+    name = decode_json(_member(members, "json")).get("class")
+    if not isinstance(name, str):
+        raise DataError("the sample's json has no string 'class'")
+    return name
 
 
 def image_id_of(members: Mapping[str, bytes], key: str) -> str:

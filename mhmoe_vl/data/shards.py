@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from mhmoe_vl.data.files import write_atomically
 from mhmoe_vl.errors import DataError, suggest
 
-KINDS = ("image", "text", "pair", "vqa", "nlvr2")
+KINDS = ("image", "text", "pair", "vqa", "nlvr2", "class")
 INDEX_FORMAT = "mhmoe_vl/index/1"
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mhmoe_vl.errors import UserError
 
@@ -33,6 +34,24 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is true on at least one."""
     return bool(all_reduce_max(torch.tensor(int(flag))).item())
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all ranks, in rank order, and the number of this rank's first one among them.
+
+    Differentiable: what the losses of all ranks make of a row adds up to the gradient on the rank that it came from.
+    The backward pass is collective too, so every rank must come to it, also one without rows.
+
+    Args:
+        rows: ``[N, ...]``; N may differ between ranks and may be 0.
+    """
+    if not dist.is_initialized():
+        return rows, 0
+    # Ordered by rank, since an entry that is not this rank's own is 0.
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = rows.shape[0]
+    of_ranks = all_reduce_sum(sizes).tolist()
+    return _GatherRows.apply(rows, of_ranks), sum(of_ranks[: dist.get_rank()])
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -116,6 +135,24 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(result, op=operation)
     return result
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        # Gloo refuses tensors of different lengths, so all are padded to the longest.
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded)
+        return torch.cat([of_rank[:size] for of_rank, size in zip(received, sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Gloo has no reduce-scatter: every rank adds up all rows and keeps its own.
+        return all_reduce_sum(grad.contiguous()).split(ctx.sizes)[dist.get_rank()], None
 
 
 def _encode(value: Any) -> Tensor:

@@ -69,7 +69,7 @@ def _spread(owner: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(part.named_parameters(recurse=False)):
             # Each rank cuts out its own slice.
             slices = distribute_tensor(parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
-            part.register_parameter(name, nn.Parameter(slices))
+            part.register_parameter(name, nn.Parameter(slices, requires_grad=parameter.requires_grad))
     fully_shard(owner, mesh=mesh["dp"])
 
 

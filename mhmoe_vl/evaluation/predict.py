@@ -6,14 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.data.text import TextTokenizer
-from mhmoe_vl.distributed.collectives import gather_objects
+from mhmoe_vl.distributed.collectives import gather_objects, gather_rows, share_of_rank
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.evaluation.beam_search import BeamSettings, beam_search
+from mhmoe_vl.evaluation.classification_accuracy import NUM_BEST
 from mhmoe_vl.tasks.captioning import CaptioningTask
+from mhmoe_vl.tasks.classification import ClassificationTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Task
+from mhmoe_vl.tasks.retrieval import RetrievalTask
 from mhmoe_vl.tasks.vqa import VqaTask
 
 
@@ -59,6 +63,74 @@ def predict_captions(
         raise DataError(
             f"image ids must be whole numbers for caption scoring: {error}; repack with numeric ids"
         ) from None
+
+
+@torch.no_grad()
+def predict_classes(task: ClassificationTask, batches: Iterable[Batch], classes: Sequence[str]) -> dict[str, list[str]]:
+    """The five best classes of every image, best first. Collective."""
+    task.eval()
+    predictions: dict[str, list[str]] = {}
+    for batch in batches:
+        _require_whole(batch)
+        logits_BC = task.logits(batch)[0]
+        best_BK = logits_BC.topk(min(NUM_BEST, logits_BC.shape[1])).indices.tolist()
+        predictions |= {
+            name: [classes[index] for index in best] for name, best in zip(batch.sample_ids, best_BK, strict=True)
+        }
+    return _gathered(predictions)
+
+
+@torch.no_grad()
+def embed_images(task: RetrievalTask, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """``[D]`` of length 1 for every image id, on the CPU. Collective.
+
+    Raises:
+        DataError: broken samples, or an image that comes twice.
+    """
+    task.eval()
+    names: list[str] = []
+    parts: list[Tensor] = []
+    for batch in batches:
+        _require_whole(batch)
+        assert batch.image is not None
+        names += batch.sample_ids
+        parts.append(task.embed_images(batch.image)[0])
+    embeddings = _gathered_rows(names, parts, task)
+    num_images = sum(gather_objects(len(names)))
+    if len(embeddings) < num_images:
+        raise DataError(f"{num_images - len(embeddings)} of {num_images} images have the id of another one")
+    return embeddings
+
+
+@torch.no_grad()
+def embed_texts(
+    task: RetrievalTask, texts: Sequence[str], tokenizer: TextTokenizer, *, text_length: int, batch_size: int
+) -> dict[str, Tensor]:
+    """``[D]`` of length 1 for every different text, on the CPU. Collective; every rank gives the same texts.
+
+    Args:
+        text_length: longer texts are cut, as in training.
+        batch_size: texts per rank and forward pass; texts of similar length go together.
+    """
+    task.eval()
+    device = task.logit_scale.device
+    ids_of = {text: tokenizer.encode(text, text_length) for text in dict.fromkeys(texts)}
+    own = share_of_rank(sorted(ids_of, key=lambda text: len(ids_of[text])))
+    parts: list[Tensor] = []
+    for start in range(0, len(own), batch_size):
+        rows = [ids_of[text] for text in own[start : start + batch_size]]
+        length = max(map(len, rows))
+        ids_BL = torch.tensor([row + [tokenizer.pad_id] * (length - len(row)) for row in rows], device=device)
+        valid_BL = torch.tensor([[position < len(row) for position in range(length)] for row in rows], device=device)
+        parts.append(task.embed_texts(ids_BL, valid_BL)[0])
+    return _gathered_rows(own, parts, task)
+
+
+def _gathered_rows(names: Sequence[str], parts: list[Tensor], task: RetrievalTask) -> dict[str, Tensor]:
+    none = task.logit_scale.new_zeros(0, task.config.dim, dtype=torch.float32)
+    rows, _ = gather_rows(torch.cat([none, *parts]).cpu())
+    of_ranks = [name for part in gather_objects(list(names)) for name in part]
+    return dict(zip(of_ranks, rows, strict=True))
 
 
 def _require_whole(batch: Batch) -> None:

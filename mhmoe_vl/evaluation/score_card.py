@@ -19,10 +19,11 @@ class ScoreCard:
     """Result of one evaluation.
 
     Attributes:
-        task: ``vqa``, ``nlvr2`` or ``captioning``.
+        task: ``vqa``, ``nlvr2``, ``captioning``, ``retrieval`` or ``classification``.
         metric: name of the headline figure, with the evaluator's version where there are several.
-        score, majority, blind: the headline figure of the model, of the best constant answer, and without images, in
-            percent (CIDEr times 100). None where a baseline could not be computed.
+        score, majority, blind: the headline figure of the model, of the best constant answer (retrieval: of a random
+            order), and without images, in percent (CIDEr times 100). None where a baseline could not be computed, or
+            where there is none: retrieval and classification ask nothing that could be answered without the image.
         n: scored items.
         details: further figures.
         seed: of the run that was scored, if it is known.
@@ -46,13 +47,23 @@ class ScoreCard:
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
+    @property
+    def constant(self) -> str:
+        """What :attr:`majority` is called."""
+        return {"captioning": "best constant caption", "retrieval": "chance"}.get(self.task, "majority")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text to answer blindly."""
+        return self.task not in ("retrieval", "classification")
+
     def show(self) -> None:
         """Print as a table."""
         table = Table(title=f"{self.task}: {self.metric}", show_header=False)
         rows: list[tuple[str, str]] = [
             ("score", f"{self.score:.2f}"),
-            ("majority" if self.task != "captioning" else "best constant caption", _number(self.majority)),
-            ("blind (text only)", _number(self.blind)),
+            (self.constant, _number(self.majority)),
+            *((("blind (text only)", _number(self.blind)),) if self.has_text else ()),
             ("n", str(self.n)),
             *((name, _number(value)) for name, value in self.details.items()),
             *((("seed", str(self.seed)),) if self.seed is not None else ()),

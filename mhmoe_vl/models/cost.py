@@ -10,14 +10,14 @@ from mhmoe_vl.moe import FfnCost, ffn_cost
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """Cost of the encoder for an image-text pair; task heads are not included.
+    """Cost of the encoder for an image and a text, or one of them; task heads are not included.
 
     Attributes:
         num_params: all parameters of the encoder.
         num_active_params: those that an image token or a text token can touch, the larger of the two.
-        flops_per_token: forward FLOPs of the blocks per token, averaged over the tokens of the pair.
+        flops_per_token: forward FLOPs of the blocks per token, averaged over the tokens of image and text.
         num_assignments_per_token: rows that reach an expert per token in a sparse block, h * k.
-        num_image_tokens, num_text_tokens: the pair that ``flops_per_token`` speaks of.
+        num_image_tokens, num_text_tokens: what ``flops_per_token`` speaks of.
     """
 
     num_params: int
@@ -28,11 +28,16 @@ class EncoderCost:
     num_text_tokens: int
 
 
-def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
-    """Cost for one image and ``num_text_tokens`` text tokens (0 for an encoder without text)."""
+def encoder_cost(config: ModelConfig, *, num_text_tokens: int, is_pair: bool = True) -> EncoderCost:
+    """Cost for one image and ``num_text_tokens`` text tokens (0 for an encoder without text).
+
+    Args:
+        is_pair: image and text are one sequence; if not, each is one of its own and attends to itself alone.
+    """
     num_image = 1 + config.num_patches if "vision" in config.modalities else 0
     num_text = num_text_tokens if "text" in config.modalities else 0
-    length = num_image + num_text
+    sequences = [num_image + num_text] if is_pair else [num_image, num_text]
+    flops = sum(length * blocks_flops_per_token(config, length) for length in sequences)
     dim, num_branches = config.dim, len(config.modalities)
     attention_params = 4 * (dim * dim + dim) + (2 * dim if config.sub_ln else 0) + 2 * dim
     params = active = 0
@@ -52,7 +57,7 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int) -> EncoderCost:
     return EncoderCost(
         num_params=params + final_norms + image_table + text_table,
         num_active_params=active + 2 * dim + max(image_table, text_table),
-        flops_per_token=blocks_flops_per_token(config, length),
+        flops_per_token=flops // sum(sequences),
         num_assignments_per_token=assignments,
         num_image_tokens=num_image,
         num_text_tokens=num_text,

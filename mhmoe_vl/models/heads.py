@@ -1,12 +1,13 @@
 """Task heads: modules that hold weights, nothing else.
 
-Shape suffixes: B samples, N selected positions, L text tokens, D width, V vocabulary, A answers.
+Shape suffixes: B samples, N selected positions, L text tokens, D width, V vocabulary, A answers, C classes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhmoe_vl.models.encoder import initial_std
 
@@ -62,6 +63,37 @@ class Nlvr2Head(nn.Module):
     def forward(self, left_B2D: Tensor, right_B2D: Tensor) -> Tensor:
         """Logits ``[B, 2]`` from ``[B, 2, D]`` (class token, first text token) of each pass."""
         return self.classifier(torch.cat([left_B2D.flatten(1), right_B2D.flatten(1)], dim=-1))
+
+
+class EmbeddingHead(nn.Module):
+    """First token of an image or a text to a place on the unit sphere: one linear layer without bias (BEiT-3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+        nn.init.trunc_normal_(self.linear.weight, std=initial_std(dim))
+
+    def forward(self, first_token_BD: Tensor) -> Tensor:
+        """``[B, D]`` of length 1, in float32 at least."""
+        embedding_BD = self.linear(first_token_BD)
+        return F.normalize(embedding_BD.to(torch.promote_types(embedding_BD.dtype, torch.float32)), dim=-1)
+
+
+class ClassificationHead(nn.Module):
+    """Mean of the patch tokens to scores of the classes: norm and one linear layer (BEiT-3)."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, num_classes)
+        _initialize(self, dim)
+        with torch.no_grad():
+            # As in NLVR2: BEiT-3's own factor.
+            self.linear.weight.mul_(1e-3)
+
+    def forward(self, mean_patch_BD: Tensor) -> Tensor:
+        """Logits ``[B, C]``."""
+        return self.linear(self.norm(mean_patch_BD))
 
 
 def _initialize(head: nn.Module, dim: int) -> None:

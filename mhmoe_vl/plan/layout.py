@@ -68,6 +68,7 @@ class Shards:
             parameters are not sharded.
         unpadded_units: the same without padding.
         most_padded: the parameter that padding makes largest, with its shape.
+        frozen: of ``local``, what is not trained.
     """
 
     total: int
@@ -75,6 +76,12 @@ class Shards:
     units: tuple[int, ...]
     unpadded_units: tuple[int, ...]
     most_padded: str
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Of ``local``, what has a gradient and moments."""
+        return self.local - self.frozen
 
     @property
     def padding(self) -> float:
@@ -93,7 +100,7 @@ def shards_of(task: Task, layout: Layout) -> Shards:
     is_sharded = layout.strategy == "fsdp"
     units: defaultdict[str, int] = defaultdict(int)
     unpadded: defaultdict[str, int] = defaultdict(int)
-    total = local = most = 0
+    total = local = frozen = most = 0
     most_padded = ""
     for name, parameter in task.named_parameters():
         size = parameter.numel()
@@ -104,11 +111,12 @@ def shards_of(task: Task, layout: Layout) -> Shards:
             size //= layout.expert_parallel
             num_rows //= layout.expert_parallel
             num_shards //= layout.expert_parallel
-        if not is_sharded:
-            local += size
-            continue
-        part = math.ceil(num_rows / num_shards) * (size // num_rows)
+        part = math.ceil(num_rows / num_shards) * (size // num_rows) if is_sharded else size
         local += part
+        if not parameter.requires_grad:
+            frozen += part
+        if not is_sharded:
+            continue
         unit = ".".join(name.split(".")[:3]) if name.startswith("encoder.blocks.") else "root"
         if is_spread:
             # Each pool is a unit of its own, over the ranks that hold the same experts.
@@ -118,7 +126,8 @@ def shards_of(task: Task, layout: Layout) -> Shards:
         if num_shards * part - size > most:
             most, most_padded = num_shards * part - size, f"{name} {list(parameter.shape)}"
     order: Sequence[str] = sorted(units, key=lambda unit: unit == "root")
-    return Shards(total, local, tuple(units[u] for u in order), tuple(unpadded[u] for u in order), most_padded)
+    gathered, unpadded_units = tuple(units[unit] for unit in order), tuple(unpadded[unit] for unit in order)
+    return Shards(total, local, gathered, unpadded_units, most_padded, frozen)
 
 
 def is_expert(name: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mhmoe_vl.plan.layout import Layout, Shards
-from mhmoe_vl.plan.trace import Trace, Tracer
-from mhmoe_vl.plan.workload import Sample, heads_of
+from mhmoe_vl.plan.trace import Trace, Tracer, Work
+from mhmoe_vl.plan.workload import Sample, heads_of, is_frozen
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.language_modeling import LanguageModelingTask
 from mhmoe_vl.tasks.pretrain import PretrainTask
@@ -66,11 +66,12 @@ def parts_of(
     """Everything that a micro-batch runs through, pass by pass."""
     parts = []
     for sample, number in passes_of(task, samples, shares):
-        parts.append(Part("embeddings", tracer.embeddings(sample, number)))
-        parts += [
+        encoder = [Part("embeddings", tracer.embeddings(sample, number))]
+        encoder += [
             Part(f"block{layer}", tracer.block(layer, sample, number, checkpointed=checkpointed))
             for layer in range(task.config.depth)
         ]
+        parts += [_without_backward(part) for part in encoder] if is_frozen(task) else encoder
         if isinstance(task, PretrainTask) and sample.num_image_tokens:
             parts.append(Part("codes", tracer.visual_codes(number)))
         parts += [
@@ -81,10 +82,16 @@ def parts_of(
 
 
 def passes_of(task: Task, samples: Mapping[str, Sample], shares: Mapping[str, int]) -> list[tuple[Sample, int]]:
-    """What goes through the encoder at once, with its number: a source, but of language modeling all together."""
+    """What goes through the encoder at once, with its number: a source, but of language modeling all together, and of
+    retrieval images and texts apart."""
     if isinstance(task, LanguageModelingTask):
         return [(next(iter(samples.values())), sum(shares.values()))]
-    return [(sample, shares[source]) for source, sample in samples.items()]
+    return [(one, shares[source]) for source, sample in samples.items() for one in sample.passes]
+
+
+def _without_backward(part: Part) -> Part:
+    """A part that only runs forward, and whose activations are given back at once."""
+    return replace(part, trace=replace(part.trace, kept=0, backward=Work()))
 
 
 def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int) -> Memory:
@@ -107,8 +114,8 @@ def states_and_gathered(shards: Shards) -> tuple[dict[str, int], int]:
     """Bytes of weights, gradients and optimizer, and of what FSDP2 gathers: no number of samples changes these."""
     states = {
         "weights": _FLOAT * shards.local,
-        "gradients": _FLOAT * shards.local,
-        "optimizer": _MOMENTS * shards.local,
+        "gradients": _FLOAT * shards.trained,
+        "optimizer": _MOMENTS * shards.trained,
     }
     if not shards.units:
         return states, 0

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mhmoe_vl.errors import ConfigError
-from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.plan.devices import Device, compute_dtype
 from mhmoe_vl.plan.layout import Layout, Shards, layout_of, really_shard, shards_of
 from mhmoe_vl.plan.memory import (
@@ -32,6 +31,7 @@ from mhmoe_vl.plan.workload import (
     samples_per_step,
 )
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.cost import encoder_cost_of
 from mhmoe_vl.train.layout import strategy_of
 
 
@@ -147,7 +147,7 @@ class _Draft:
             costs[name].training_flops * number for name, number in self.shares.items()
         )
         mean = sum(costs[name].training_flops * number for name, number in numbers.items()) / layout.world_size
-        useful = 3 * sum(costs[name].forward_flops * number for name, number in numbers.items())
+        useful = sum(costs[name].useful_flops * number for name, number in numbers.items())
         dtype = str(self.dtype).removeprefix("torch.")
         ceiling = device.matmul_flops[dtype] * layout.world_size
         return Plan(
@@ -155,7 +155,7 @@ class _Draft:
             dtype=dtype,
             layout=layout,
             num_params=self.shards.total,
-            num_active_params=encoder_cost(config.model, num_text_tokens=config.data.text_length).num_active_params,
+            num_active_params=encoder_cost_of(config).num_active_params,
             backend=self.tracer.backend(),
             sources={
                 name: SourcePlan(sample, costs[name], numbers[name], self.shares[name])

@@ -68,7 +68,7 @@ def step_time(
     Args:
         forward, backward: of one micro-batch.
     """
-    optimizer = _OPTIMIZER_BYTES * shards.local / device.memory_bandwidth / device.reached
+    optimizer = _OPTIMIZER_BYTES * shards.trained / device.memory_bandwidth / device.reached
     return StepTime(
         forward=layout.num_micro_batches * seconds_of(forward, device),
         backward=layout.num_micro_batches * seconds_of(backward, device),
@@ -108,7 +108,7 @@ def communication_of(
         gather = int(4 * layout.num_micro_batches * ring * (2 * num_passes * sum(blocks) + root))
         reduce = int(4 * layout.num_micro_batches * ring * (num_passes * sum(blocks) + root))
     elif layout.strategy == "ddp" and size > 1:
-        reduce = int(2 * 4 * ring * shards.local)
+        reduce = int(2 * 4 * ring * shards.trained)
     degree = layout.expert_parallel
     # Rows and results, forward and backward; checkpointing sends those of the forward pass again.
     num_trips = 6 if checkpointed else 4

@@ -7,7 +7,7 @@ Shape suffixes: B samples, P patches, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ from mhmoe_vl.models.cost import blocks_flops_per_token
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.classification import ClassificationConfig
 from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
+from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
 from mhmoe_vl.tasks.vqa import VqaConfig
-from mhmoe_vl.train.build import assemble_task, load_answers
+from mhmoe_vl.train.build import assemble_task, load_answers, load_classes
 from mhmoe_vl.train.config import RunConfig
 
 #: Answers of VQAv2 seen at least nine times in training and validation: what a plan assumes without an answer list.
 NUM_VQA_ANSWERS = 3129
+
+#: Classes of ImageNet-1k: what a plan assumes without a class list.
+NUM_IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Sample:
         num_image_tokens, num_text_tokens: of each sequence, class token included; 0 without image or text.
         num_masked_patches, num_masked_tokens: predictions of visual codes and of text tokens.
         is_packed: a sequence is a row of documents, whose attention mask is one of pairs of tokens.
+        is_apart: image and text are sequences of their own, as in retrieval.
     """
 
     num_sequences: int
@@ -48,10 +54,18 @@ class Sample:
     num_masked_patches: int = 0
     num_masked_tokens: int = 0
     is_packed: bool = False
+    is_apart: bool = False
 
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * (self.num_image_tokens + self.num_text_tokens)
+
+    @property
+    def passes(self) -> tuple[Sample, ...]:
+        """What goes through the encoder at once."""
+        if not self.is_apart:
+            return (self,)
+        return replace(self, num_text_tokens=0, is_apart=False), replace(self, num_image_tokens=0, is_apart=False)
 
 
 def samples_of(config: RunConfig) -> dict[str, Sample]:
@@ -76,6 +90,10 @@ def samples_of(config: RunConfig) -> dict[str, Sample]:
         elif isinstance(task, CaptioningConfig):
             # The end token may be hidden too.
             samples[name] = Sample(1, num_image, num_text, 0, _num_masked(task.mask_ratio, num_text - 1))
+        elif isinstance(task, RetrievalConfig):
+            samples[name] = Sample(1, num_image, num_text, is_apart=True)
+        elif isinstance(task, ClassificationConfig):
+            samples[name] = Sample(1, num_image, 0)
         else:
             samples[name] = Sample(2 if task.kind == "nlvr2" else 1, num_image, num_text)
     return samples
@@ -121,7 +139,8 @@ def _order_of(config: RunConfig) -> MixturePlan:
 
 
 def build_task_without_files(config: RunConfig, *, device: str = "meta") -> Task:
-    """The task of a run whose codebook need not exist; of an answer list that does not exist, VQAv2's length is taken.
+    """The task of a run whose codebook need not exist; of lists of answers or classes that do not exist, the lengths of
+    VQAv2 and ImageNet-1k are taken.
 
     On another device than ``meta``, weights and codes are random.
     """
@@ -131,45 +150,67 @@ def build_task_without_files(config: RunConfig, *, device: str = "meta") -> Task
         if isinstance(task, PretrainConfig):
             codes_KC = torch.rand(model.num_visual_codes, 3 * model.patch_size**2) * 2 - 1
             codebook = VisualCodebook(codes_KC, model.patch_size)
-        num_answers = 0
+        num_answers = num_classes = 0
         if isinstance(task, VqaConfig):
             num_answers = len(load_answers(task.answers)) if Path(task.answers).is_file() else NUM_VQA_ANSWERS
-        return assemble_task(config, codebook=codebook, num_answers=num_answers)
+        if isinstance(task, ClassificationConfig):
+            num_classes = len(load_classes(task.classes)) if Path(task.classes).is_file() else NUM_IMAGENET_CLASSES
+        return assemble_task(config, codebook=codebook, num_answers=num_answers, num_classes=num_classes)
 
 
 @dataclass(frozen=True)
 class SampleCost:
-    """Matrix products of one sample, as in :mod:`mhmoe_vl.models.cost`.
+    """Matrix products of one sample, as in :mod:`mhmoe_vl.models.cost`. The similarities of retrieval, ``4 D`` for each
+    pair that a pair is compared with, are left out.
 
     Attributes:
         forward_flops: of encoder and heads.
+        trained_flops: of these, what has a backward pass: all, or of a linear probe the head.
         target_flops: of the visual codebook, which has no backward pass.
     """
 
     forward_flops: int
+    trained_flops: int
     target_flops: int
 
     @property
+    def useful_flops(self) -> int:
+        """Forward and backward pass, the latter at twice the former; nothing that is recomputed."""
+        return self.forward_flops + 2 * self.trained_flops
+
+    @property
     def training_flops(self) -> int:
-        """Forward and backward pass, the latter at twice the former, and the targets; nothing that is recomputed."""
-        return 3 * self.forward_flops + self.target_flops
+        """The useful ones, and the targets."""
+        return self.useful_flops + self.target_flops
 
 
 def sample_cost(task: Task, sample: Sample) -> SampleCost:
     """FLOPs of one sample."""
     model = task.config
-    length = sample.num_image_tokens + sample.num_text_tokens
-    forward = sample.num_tokens * blocks_flops_per_token(model, length)
+    encoder = 0
+    for one in sample.passes:
+        encoder += one.num_tokens * blocks_flops_per_token(model, one.num_image_tokens + one.num_text_tokens)
     num_patches = max(0, sample.num_image_tokens - 1)
     patch_size = 3 * model.patch_size**2
-    forward += sample.num_sequences * 2 * num_patches * patch_size * model.dim
-    forward += sum(num_rows * matrix_flops(head) for head, num_rows in heads_of(task, sample))
+    encoder += sample.num_sequences * 2 * num_patches * patch_size * model.dim
+    heads = sum(num_rows * matrix_flops(head) for one in sample.passes for head, num_rows in heads_of(task, one))
     is_coded = isinstance(task, PretrainTask) and num_patches > 0
-    return SampleCost(forward, 2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0)
+    return SampleCost(
+        forward_flops=encoder + heads,
+        trained_flops=heads if is_frozen(task) else encoder + heads,
+        target_flops=2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0,
+    )
+
+
+def is_frozen(task: Task) -> bool:
+    """Whether the heads alone are trained."""
+    return not any(parameter.requires_grad for parameter in task.encoder.parameters())
 
 
 def heads_of(task: Task, sample: Sample) -> list[tuple[nn.Module, int]]:
-    """Heads that a sample goes through, each with the number of its predictions."""
+    """Heads that a pass of a sample goes through, each with the number of its predictions."""
+    if isinstance(task, RetrievalTask):
+        return [(task.vision_head if sample.num_image_tokens else task.text_head, 1)]
     if isinstance(task, PretrainTask):
         heads = [(task.mim_head, sample.num_masked_patches), (task.mlm_head, sample.num_masked_tokens)]
         return [(head, rows) for head, rows in heads if rows]
@@ -182,7 +223,14 @@ def matrix_flops(module: nn.Module) -> int:
     return sum(2 * linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
 
 
-def synthetic_batch(config: RunConfig, source: str, num_samples: int, *, num_answers: int = NUM_VQA_ANSWERS) -> Batch:
+def synthetic_batch(
+    config: RunConfig,
+    source: str,
+    num_samples: int,
+    *,
+    num_answers: int = NUM_VQA_ANSWERS,
+    num_classes: int = NUM_IMAGENET_CLASSES,
+) -> Batch:
     """Random samples of a source with exactly the shapes of :func:`samples_of`, on the default device and generator."""
     model, sample = config.model, samples_of(config)[source]
     task, num_patches = config.task, model.num_patches
@@ -197,6 +245,7 @@ def synthetic_batch(config: RunConfig, source: str, num_samples: int, *, num_ans
         hidden_BL = nn.functional.pad(_chosen(num_samples, text_ids.shape[1] - 1, sample.num_masked_tokens), (1, 0))
         targets = torch.where(hidden_BL, text_ids, IGNORE)
     seed = torch.randint(0, 2**62, (num_samples,))
+    num_labels = {"nlvr2": 2, "classification": num_classes}.get(task.kind)
     packed: dict[str, Any] = {}
     if text_ids is not None and sample.is_packed:
         packed = {
@@ -216,7 +265,7 @@ def synthetic_batch(config: RunConfig, source: str, num_samples: int, *, num_ans
         text_targets=targets,
         **packed,
         answer_scores=torch.rand(num_samples, num_answers) if task.kind == "vqa" else None,
-        label=torch.randint(0, 2, (num_samples,)) if task.kind == "nlvr2" else None,
+        label=None if num_labels is None else torch.randint(0, num_labels, (num_samples,)),
     )
 
 

@@ -1,7 +1,7 @@
 """Report:  python -m mhmoe_vl.report --pretrain runs/x/pretrain --vqa runs/x/vqa --out report.html
 
-Writes one HTML file that opens from disk, without a network. Give any of --pretrain, --vqa, --nlvr2 and --captioning;
-a run that is still in training or not evaluated yet shows what it has so far.
+Writes one HTML file that opens from disk, without a network. Give any of --pretrain, --vqa, --nlvr2, --captioning,
+--retrieval and --classification; a run that is still in training or not evaluated yet shows what it has so far.
 """
 
 from __future__ import annotations

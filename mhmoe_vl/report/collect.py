@@ -17,7 +17,7 @@ from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import read_metrics
 
 #: Tasks in the order of the report.
-TASKS = ("pretrain", "vqa", "nlvr2", "captioning")
+TASKS = ("pretrain", "vqa", "nlvr2", "captioning", "retrieval", "classification")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ _PIXELS_PER_INCH = 96
 
 def score_bars(card: ScoreCard) -> str:
     """The score beside its baselines, as horizontal bars."""
-    constant = "best constant caption" if card.task == "captioning" else "majority answer"
+    constant = {"majority": "majority answer"}.get(card.constant, card.constant)
     rows = [("model", card.score, _SERIES[0]), ("blind", card.blind, _BASELINE), (constant, card.majority, _BASELINE)]
     known = [(name, value, color) for name, value, color in rows if value is not None]
 
@@ -88,7 +88,7 @@ def score_bars(card: ScoreCard) -> str:
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("CIDEr x 100" if card.task == "captioning" else "accuracy, %")
+        axes.set_xlabel({"captioning": "CIDEr x 100", "retrieval": "recall@1, %"}.get(card.task, "accuracy, %"))
 
     return _draw(draw, size=(_PANEL[0], 0.7 + 0.32 * len(known)), name=f"scores/{card.task}")
 

@@ -16,7 +16,15 @@ from mhmoe_vl.report.experts import AnalysisView, view_analysis
 from mhmoe_vl.report.figures import score_bars
 from mhmoe_vl.report.masked import MaskedSample, masked_samples
 from mhmoe_vl.report.progress import expert_use, progress
-from mhmoe_vl.report.samples import PREDICTIONS, caption_samples, evaluated_shards, nlvr2_samples, vqa_samples
+from mhmoe_vl.report.samples import (
+    PREDICTIONS,
+    caption_samples,
+    class_samples,
+    evaluated_shards,
+    nlvr2_samples,
+    retrieval_samples,
+    vqa_samples,
+)
 from mhmoe_vl.report.template import page_environment
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.trained import load_trained
@@ -29,11 +37,15 @@ TASK_NAMES = {
     "vqa": "Visual question answering",
     "nlvr2": "Sentences about pairs of images (NLVR2)",
     "captioning": "Captioning",
+    "retrieval": "Image-text retrieval",
+    "classification": "Image classification",
 }
 _SAMPLES_OF: dict[str, Callable[..., list[Any]]] = {
     "vqa": vqa_samples,
     "nlvr2": nlvr2_samples,
     "captioning": caption_samples,
+    "retrieval": retrieval_samples,
+    "classification": class_samples,
 }
 
 

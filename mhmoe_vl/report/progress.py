@@ -22,7 +22,13 @@ OBJECTIVE_NAMES = {
     "pair_mim": "patches of pairs",
     "pair_mlm": "words of pairs",
 }
-_UNITS = {"vqa": "nats per question", "nlvr2": "nats per sentence", "captioning": "nats per word"}
+_UNITS = {
+    "vqa": "nats per question",
+    "nlvr2": "nats per sentence",
+    "captioning": "nats per word",
+    "retrieval": "nats per choice",
+    "classification": "nats per image",
+}
 
 
 @dataclass(frozen=True)

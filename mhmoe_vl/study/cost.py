@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mhmoe_vl.errors import ConfigError
-from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.moe.match import TOLERANCE_PERCENT
 from mhmoe_vl.plan.workload import build_task_without_files, sample_cost, samples_of, samples_per_step
 from mhmoe_vl.study.cells import Arm, Cell, Plan
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.cost import encoder_cost_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def costs_of(plan: Plan) -> dict[str, dict[str, ArmCost]]:
 def run_cost(run: RunConfig) -> ArmCost:
     """Of a run, without its files and without memory for its weights."""
     task = build_task_without_files(run)
-    cost = encoder_cost(run.model, num_text_tokens=run.data.text_length)
+    cost = encoder_cost_of(run)
     samples, numbers = samples_of(run), samples_per_step(run)
     return ArmCost(
         num_params=sum(parameter.numel() for parameter in task.parameters()),

@@ -15,6 +15,7 @@ from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import (
+    ClassSamples,
     DocumentSamples,
     ImageSamples,
     Nlvr2Samples,
@@ -32,9 +33,11 @@ from mhmoe_vl.models.embeddings import resize_positions
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
+from mhmoe_vl.tasks.classification import ClassificationConfig, ClassificationTask
 from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
+from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.config import RunConfig, SourceConfig
@@ -51,7 +54,7 @@ def build_task(config: RunConfig) -> Task:
     """
     torch.manual_seed(config.seed)
     model, task = config.model, config.task
-    codebook, num_answers = None, 0
+    codebook, num_answers, num_classes = None, 0, 0
     if isinstance(task, PretrainConfig):
         codebook = VisualCodebook.load(Path(task.visual_codebook))
         for name, found, wanted in (
@@ -64,11 +67,14 @@ def build_task(config: RunConfig) -> Task:
                 )
     if isinstance(task, VqaConfig):
         num_answers = len(load_answers(task.answers))
-    return assemble_task(config, codebook=codebook, num_answers=num_answers)
+    if isinstance(task, ClassificationConfig):
+        num_classes = len(load_classes(task.classes))
+    return assemble_task(config, codebook=codebook, num_answers=num_answers, num_classes=num_classes)
 
 
-def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int) -> Task:
-    """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA."""
+def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int, num_classes: int) -> Task:
+    """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA, the
+    classes of classification."""
     model, task = config.model, config.task
     if isinstance(task, PretrainConfig):
         assert codebook is not None
@@ -79,6 +85,10 @@ def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_ans
         return VqaTask(model, task, num_answers=num_answers)
     if isinstance(task, Nlvr2Config):
         return Nlvr2Task(model, task)
+    if isinstance(task, RetrievalConfig):
+        return RetrievalTask(model, task)
+    if isinstance(task, ClassificationConfig):
+        return ClassificationTask(model, task, num_classes=num_classes)
     return CaptioningTask(model, task)
 
 
@@ -88,17 +98,30 @@ def load_answers(path: str | Path) -> list[str]:
     Raises:
         DataError: absent or malformed.
     """
+    return _load_list(path, "answers", "an answer list", "data_prep.pack_vqa")
+
+
+def load_classes(path: str | Path) -> list[str]:
+    """The class list that ``data_prep.pack_classes`` wrote.
+
+    Raises:
+        DataError: absent or malformed.
+    """
+    return _load_list(path, "classes", "a class list", "data_prep.pack_classes")
+
+
+def _load_list(path: str | Path, key: str, what: str, program: str) -> list[str]:
     try:
-        answers = json.loads(Path(path).read_text())["answers"]
+        items = json.loads(Path(path).read_text())[key]
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such answer list; data_prep.pack_vqa writes answers.json beside the shards"
+            f"{path}: no such {what.partition(' ')[2]}; {program} writes {key}.json beside the shards"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an answer list: {error}") from None
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{path}: 'answers' must be a list of strings with at least one answer")
-    return answers
+        raise DataError(f"{path}: not {what}: {error}") from None
+    if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+        raise DataError(f"{path}: '{key}' must be a list of strings with at least one")
+    return items
 
 
 def load_tokenizer(config: RunConfig) -> TextTokenizer:
@@ -184,8 +207,13 @@ def _build_samples(
         return VqaSamples(transform, tokenizer, data.text_length, load_answers(task.answers))
     if source.kind == "nlvr2":
         return Nlvr2Samples(transform, tokenizer, data.text_length)
+    if source.kind == "class":
+        assert isinstance(task, ClassificationConfig)
+        return ClassSamples(transform, load_classes(task.classes))
     if isinstance(task, CaptioningConfig):
         return PairSamples(transform, tokenizer, data.text_length, task.mask_ratio, None, include_end=True)
+    if isinstance(task, RetrievalConfig):
+        return PairSamples(transform, tokenizer, data.text_length, 0.0, None)
     return PairSamples(transform, tokenizer, data.text_length, data.pair_text_mask_ratio, masking)
 
 

@@ -13,9 +13,11 @@ from mhmoe_vl.data.stream import STREAMED_KINDS
 from mhmoe_vl.distributed.expert_parallel import nearest_divisors
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.tasks.captioning import CaptioningConfig
+from mhmoe_vl.tasks.classification import ClassificationConfig
 from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
 from mhmoe_vl.tasks.pretrain import PretrainConfig
+from mhmoe_vl.tasks.retrieval import RetrievalConfig
 from mhmoe_vl.tasks.vqa import VqaConfig
 from mhmoe_vl.train.optimizer import OptimizerConfig
 
@@ -29,6 +31,8 @@ SOURCE_KINDS = {
     "vqa": ("vqa",),
     "nlvr2": ("nlvr2",),
     "captioning": ("pair",),
+    "retrieval": ("pair",),
+    "classification": ("class",),
 }
 
 
@@ -36,14 +40,14 @@ class SourceConfig(Config):
     """Shards that are read together.
 
     Attributes:
-        kind: ``image``, ``text``, ``pair``, ``vqa`` or ``nlvr2``.
+        kind: ``image``, ``text``, ``pair``, ``vqa``, ``nlvr2`` or ``class``.
         shards: directories, files, globs or brace patterns of indexed shards; for training on images, texts and pairs
             also URLs, which are streamed and not exactly resumable.
         weight: share of each step, on any scale; left alone where ``data.sampling_alpha`` decides.
         stream_buffer: undecoded samples that each reader of a stream keeps to draw from.
     """
 
-    kind: Literal["image", "text", "pair", "vqa", "nlvr2"]
+    kind: Literal["image", "text", "pair", "vqa", "nlvr2", "class"]
     shards: tuple[str, ...] | str
     weight: Annotated[float, Field(gt=0)] = 1.0
     stream_buffer: Positive = 1000
@@ -64,7 +68,7 @@ class DataConfig(Config):
     Attributes:
         train: sources of the training mixture, by name.
         validation: held-out sources; each is scored on its own.
-        text_tokenizer: ``tokenizer.json``.
+        text_tokenizer: ``tokenizer.json``; that of the model, where the task reads no text.
         text_length: tokens per text, ``<s>`` and ``</s>`` included; of language modeling, tokens per packed row.
         batch_size: samples per optimizer step, over all ranks and sources.
         sampling_alpha: shares of the sources in proportion to ``size ** sampling_alpha``, size being the number of
@@ -107,7 +111,13 @@ class RunConfig(Config):
     out: str
     seed: int = 0
     task: Annotated[
-        PretrainConfig | LanguageModelingConfig | VqaConfig | Nlvr2Config | CaptioningConfig,
+        PretrainConfig
+        | LanguageModelingConfig
+        | VqaConfig
+        | Nlvr2Config
+        | CaptioningConfig
+        | RetrievalConfig
+        | ClassificationConfig,
         Field(discriminator="kind"),
     ]
     model: ModelConfig

@@ -9,9 +9,9 @@ import torch
 from mhmoe_vl.distributed.expert_parallel import require_divisor
 from mhmoe_vl.distributed.manifest import committed
 from mhmoe_vl.distributed.world import launched_world_size
-from mhmoe_vl.models.cost import encoder_cost
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.cost import encoder_cost_of
 from mhmoe_vl.train.layout import describe_layout
 from mhmoe_vl.train.run_directory import CHECKPOINTS
 
@@ -24,7 +24,7 @@ def dry_run(config: RunConfig) -> str:
     """
     with torch.device("meta"):
         task = build_task(config)
-    cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
+    cost = encoder_cost_of(config)
     lines = [
         f"task {config.task.kind}, ffn {config.model.ffn}",
         f"parameters {sum(p.numel() for p in task.parameters()):,} (encoder {cost.num_params:,}, "

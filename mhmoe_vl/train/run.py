@@ -21,11 +21,12 @@ from mhmoe_vl.distributed.parallel import parallelize
 from mhmoe_vl.distributed.weights import export_weights
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import ConfigError, NonFiniteError, UserError
-from mhmoe_vl.models.cost import EncoderCost, encoder_cost
+from mhmoe_vl.models.cost import EncoderCost
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task, data_checksums, transfer_weights
 from mhmoe_vl.train.config import RunConfig
+from mhmoe_vl.train.cost import encoder_cost_of
 from mhmoe_vl.train.journal import Journal
 from mhmoe_vl.train.layout import describe_layout, strategy_of
 from mhmoe_vl.train.metrics import MetricsWriter, ProgressBar, read_metrics
@@ -57,7 +58,7 @@ def train(config: RunConfig, world: World) -> None:
         task = build_task(config)
         if config.init_from is not None and checkpoint is None:
             transfer_weights(task, config.init_from)
-    cost = encoder_cost(config.model, num_text_tokens=config.data.text_length)
+    cost = encoder_cost_of(config)
     if world.is_main:
         _announce(config, task, plan, cost, world)
     run = _Run(

@@ -8,7 +8,7 @@ metrics.jsonl          one record per logged step and validation
 tensorboard/
 checkpoints/step_*/    what training resumes from
 model.safetensors      the final weights
-text_tokenizer.json, answers.json, visual_codebook.safetensors   copies of what the configuration names
+text_tokenizer.json, answers.json, classes.json, visual_codebook.safetensors   copies of what the configuration names
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from mhmoe_vl.train.metrics import METRICS
 
 CONFIG, ENVIRONMENT, COST, WEIGHTS = "config.yaml", "environment.json", "cost.json", "model.safetensors"
 CHECKPOINTS = "checkpoints"
-TOKENIZER, ANSWERS, CODEBOOK = "text_tokenizer.json", "answers.json", "visual_codebook.safetensors"
+TOKENIZER, CODEBOOK = "text_tokenizer.json", "visual_codebook.safetensors"
+ANSWERS, CLASSES = "answers.json", "classes.json"
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,8 @@ def _with_local_files(config: RunConfig, directory: Path, *, has_begun: bool) ->
         task = task.model_copy(update={"answers": copy(task.answers, directory / ANSWERS)})
     elif task.kind == "pretrain":
         task = task.model_copy(update={"visual_codebook": copy(task.visual_codebook, directory / CODEBOOK)})
+    elif task.kind == "classification":
+        task = task.model_copy(update={"classes": copy(task.classes, directory / CLASSES)})
     return config.model_copy(update={"data": data, "task": task})
 
 
@@ -214,7 +217,7 @@ _FREE_WITH_WARNING = (
     "data.validation.*.shards",
 )
 #: Where the run is, and its own copies of files.
-_PLACES = ("out", "data.text_tokenizer", "task.answers", "task.visual_codebook")
+_PLACES = ("out", "data.text_tokenizer", "task.answers", "task.classes", "task.visual_codebook")
 
 
 def _require_same_run(new: RunConfig, old: RunConfig) -> None:

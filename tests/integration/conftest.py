@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from data_prep import (
     fit_visual_codebook,
     make_scenes,
+    pack_classes,
     pack_images,
     pack_nlvr2,
     pack_pairs,
@@ -43,6 +45,9 @@ def _pack(folder: Path, scenes: Path, split: str) -> None:
     vqa += ["--image-pattern", "COCO_{data_subtype}_{image_id:012d}.png"]
     answers = folder / "vqa-train" / "answers.json"
     vqa += ["--min-answer-count", "1"] if split == "train" else ["--answers", str(answers)]
+    classes = ["--images", str(_class_folder(folder / "classes" / split, scenes / "images" / split))]
+    if split == "val":
+        classes += ["--classes", str(folder / "classes-train" / "classes.json")]
     nlvr2 = ["--examples", str(scenes / f"nlvr2_{split}.json"), "--images", str(scenes / "images")]
     for name, program, arguments in (
         ("images", pack_images, [*images, "--samples-per-shard", "10"]),
@@ -50,8 +55,17 @@ def _pack(folder: Path, scenes: Path, split: str) -> None:
         ("pairs", pack_pairs, ["--coco", str(scenes / f"captions_{split}.json"), *images]),
         ("vqa", pack_vqa, vqa),
         ("nlvr2", pack_nlvr2, nlvr2),
+        ("classes", pack_classes, classes),
     ):
         assert program.main([*arguments, "--out", str(folder / f"{name}-{split}")]) == 0  # type: ignore[attr-defined]
+
+
+def _class_folder(folder: Path, images: Path) -> Path:
+    """Three classes that mean nothing: every third image."""
+    for number, image in enumerate(sorted(images.iterdir())):
+        (folder / f"class{number % 3}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"class{number % 3}")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -66,13 +66,25 @@ def pretraining(shards: Path, out: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+#: Kind of shard of each fine-tuning task, and the folder of its shards less the split.
+FINE_TUNINGS = {
+    "vqa": ("vqa", "vqa"),
+    "nlvr2": ("nlvr2", "nlvr2"),
+    "captioning": ("pair", "pairs"),
+    "retrieval": ("pair", "pairs"),
+    "classification": ("class", "classes"),
+}
+
+
 def fine_tuning(shards: Path, out: Path, task: str, pretrained: Path) -> dict[str, Any]:
-    """Two steps of ``vqa``, ``nlvr2`` or ``captioning``, starting from ``pretrained``."""
-    kind, folder = {"vqa": ("vqa", "vqa"), "nlvr2": ("nlvr2", "nlvr2"), "captioning": ("pair", "pairs")}[task]
+    """Two steps of a task, starting from ``pretrained``."""
+    kind, folder = FINE_TUNINGS[task]
     tree = pretraining(shards, out, init_from=str(pretrained), max_steps=2)
     tree["task"] = {"kind": task}
     if task == "vqa":
         tree["task"]["answers"] = str(shards / "vqa-train" / "answers.json")
+    if task == "classification":
+        tree["task"]["classes"] = str(shards / "classes-train" / "classes.json")
     for split, name in (("train", "train"), ("validation", "val")):
         tree["data"][split] = {"x": {"kind": kind, "shards": str(shards / f"{folder}-{name}")}}
     return tree

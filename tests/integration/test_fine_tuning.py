@@ -1,4 +1,4 @@
-"""From a pretraining run to the three tasks and their evaluation."""
+"""From a pretraining run to the tasks and their evaluation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,31 @@ import pytest
 import torch
 
 import eval.captioning
+import eval.classification
 import eval.nlvr2
+import eval.retrieval
 import eval.vqa
 from mhmoe_vl.config import validate_config
 from mhmoe_vl.data.shards import find_shards, read_index
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import CheckpointError, ConfigError
+from mhmoe_vl.report.samples import PREDICTIONS
 from mhmoe_vl.train.build import build_task, transfer_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
 from mhmoe_vl.train.trained import load_trained
-from tests.integration.runs import ALONE, final_weights, fine_tuning, pretraining, train
+from tests.integration.runs import ALONE, FINE_TUNINGS, final_weights, fine_tuning, pretraining, train
 
-PROGRAMS = {"vqa": eval.vqa, "nlvr2": eval.nlvr2, "captioning": eval.captioning}
+PROGRAMS = {
+    "vqa": eval.vqa,
+    "nlvr2": eval.nlvr2,
+    "captioning": eval.captioning,
+    "retrieval": eval.retrieval,
+    "classification": eval.classification,
+}
+#: Tasks whose text could be answered without the image.
+WITH_TWIN = ("vqa", "nlvr2")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +68,7 @@ def test_fine_tuning_learns_and_validates(tuned: dict[str, Path], task: str) -> 
 
 @pytest.mark.parametrize("task", PROGRAMS)
 def test_the_encoder_moves_and_new_heads_are_fresh(shards: Path, pretrained: Path, tmp_path: Path, task: str) -> None:
-    """The MLM head is the captioner's; the heads of the other two tasks are new."""
+    """The MLM head is the captioner's; the heads of the other tasks are new."""
     built = build_task(validate_config(RunConfig, fine_tuning(shards, tmp_path, task, pretrained)))
     fresh = {name: tensor.clone() for name, tensor in built.state_dict().items()}
     source = load_weights(pretrained / "model.safetensors")
@@ -100,10 +111,11 @@ def test_larger_images_resize_the_positions(shards: Path, pretrained: Path, tmp_
 
 @pytest.mark.parametrize("task", PROGRAMS)
 def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, Path], task: str) -> None:
-    data = {"vqa": "vqa-val", "nlvr2": "nlvr2-val", "captioning": "pairs-val"}[task]
+    data = f"{FINE_TUNINGS[task][1]}-val"
     arguments = ["--run", str(tuned[task]), "--data", str(shards / data)]
     # The run as its own twin: what it scores is then a lower bound of the blind baseline.
-    arguments += ["--metrics", "BLEU"] if task == "captioning" else ["--blind-run", str(tuned[task])]
+    arguments += ["--blind-run", str(tuned[task])] if task in WITH_TWIN else []
+    arguments += {"captioning": ["--metrics", "BLEU"], "retrieval": ["--fold-size", "4"]}.get(task, [])
     before = final_weights(tuned[task])
     assert PROGRAMS[task].main(arguments) == 0
     assert final_weights(tuned[task]) == before
@@ -111,7 +123,8 @@ def test_evaluation_from_the_run_directory_alone(shards: Path, tuned: dict[str, 
     assert len(predictions(tuned[task], task)) == num_expected
     card = json.loads((tuned[task] / f"{task}_score.json").read_text())
     assert card["n"] == num_expected
-    assert task == "captioning" or card["blind"] >= card["score"]
+    assert task not in WITH_TWIN or card["blind"] >= card["score"]
+    assert card["majority"] is not None
     assert card["seed"] == 0
     times = [record["step_seconds"] for record in read_metrics(tuned[task], "train")]
     assert card["cost"]["train_seconds"] == pytest.approx(sum(times), abs=0.1)  # one record per step
@@ -148,9 +161,14 @@ def test_torchrun_evaluates(shards: Path, tuned: dict[str, Path]) -> None:
 
 
 def predictions(run: Path, task: str) -> list[Any]:
-    name = {"vqa": "vqa_predictions.json", "nlvr2": "nlvr2_predictions.csv", "captioning": "caption_predictions.json"}
-    text = (run / name[task]).read_text()
-    return list(csv.reader(text.splitlines())) if task == "nlvr2" else json.loads(text)
+    text = (run / PREDICTIONS[task]).read_text()
+    if task == "nlvr2":
+        return list(csv.reader(text.splitlines()))
+    found = json.loads(text)
+    if task == "retrieval":
+        assert len(found["folds"]["images_of"]) == len(found["whole"]["images_of"])
+        return sorted(found["whole"]["captions_of"].items())
+    return sorted(found.items()) if task == "classification" else found
 
 
 def test_only_a_finished_run_of_the_task_is_evaluated(shards: Path, tuned: dict[str, Path], tmp_path: Path) -> None:

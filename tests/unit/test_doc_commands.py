@@ -25,7 +25,9 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "data_prep/*.md", "benchmarks/*.md", "mhmoe_vl/moe/*.md")
     for path in ROOT.glob(pattern)
 )
-SCRIPTS = [Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning", "language")]
+SCRIPTS = [
+    Path("eval") / f"{task}.py" for task in ("vqa", "nlvr2", "captioning", "retrieval", "classification", "language")
+]
 WITH_COMMANDS = [
     Path("README.md"),
     Path("docs/real_data.md"),
@@ -118,7 +120,7 @@ def read_and_written(call: Call) -> tuple[list[str], list[str]]:
     if call.module == "mhmoe_vl.train":
         config = run_of(call)
         sources = [*config.data.train.values(), *config.data.validation.values()]
-        files = [getattr(config.task, name, None) for name in ("answers", "visual_codebook")]
+        files = [getattr(config.task, name, None) for name in ("answers", "classes", "visual_codebook")]
         read = [*(path for source in sources for path in source.paths), config.data.text_tokenizer, config.init_from]
         return [path for path in (*read, *files) if path is not None], [] if call.parsed.dry_run else [config.out]
     written = [fields["out"]] if fields.get("out") else []
@@ -185,7 +187,8 @@ def test_the_walk_s_tokenizers_fit_its_models(walk: list[Call]) -> None:
         if call.module.startswith("data_prep") and hasattr(call.parsed, "out")
     }
     runs = [run_of(call) for call in walk if call.module == "mhmoe_vl.train"]
-    assert {"pretrain", "vqa", "nlvr2", "captioning"} == {config.task.kind for config in runs}
+    kinds = {"pretrain", "vqa", "nlvr2", "captioning", "retrieval", "classification"}
+    assert kinds == {config.task.kind for config in runs}
     for config in runs:
         assert made[config.data.text_tokenizer].vocab_size <= config.model.vocab_size
         if config.task.kind == "pretrain":

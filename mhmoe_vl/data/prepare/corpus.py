@@ -61,7 +61,7 @@ def _texts_of_shards(shards: Sequence[Path]) -> Iterator[str]:
     reader = ShardReader()
     for shard in shards:
         index = read_index(shard)
-        if index.kind == "image":
+        if index.kind in ("image", "class"):
             raise DataError(f"{shard}: holds images without text")
         for sample in index.samples:
             yield from _texts_of(index.kind, reader.read(index, sample))

@@ -162,7 +162,9 @@ def _guess_kind(descriptor: int, groups: Mapping[str, _Places]) -> str:
         return "image"
     if "questions" in fields:
         return "vqa"
-    return "pair" if {"caption", "captions"} & fields.keys() else "image"
+    if {"caption", "captions"} & fields.keys():
+        return "pair"
+    return "class" if isinstance(fields.get("class"), str) else "image"
 
 
 def _index_sample(descriptor: int, kind: str, key: str, places: _Places) -> IndexedSample:
@@ -188,7 +190,7 @@ def _wanted_members(kind: str, places: _Places) -> list[str]:
         wanted = ["left image", "right image", "json"]
     elif kind == "text":
         required, wanted = ["txt" if "txt" in places else None], ["txt"]
-    elif kind == "vqa":
+    elif kind in ("vqa", "class"):
         required, wanted = [image_name(places), "json" if "json" in places else None], ["image", "json"]
     elif kind == "pair":
         caption = next((name for name in ("txt", "json") if name in places), None)
@@ -221,6 +223,8 @@ def _count_items(kind: str, contents: dict[str, bytes]) -> int:
         return len(items)
     if kind == "pair" and not captions_of(contents):
         raise _UnusableSampleError("empty_caption", "no caption with a visible character")
+    if kind == "class" and not isinstance(decode_json(contents["json"]).get("class"), str):
+        raise DataError("json must have a string 'class'")
     if kind == "text" and not clean_text(decode_text(contents["txt"])):
         raise _UnusableSampleError("empty", "no visible character")
     return 1

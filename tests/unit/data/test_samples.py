@@ -12,6 +12,7 @@ from mhmoe_vl.data.decode import decode_image
 from mhmoe_vl.data.image import AugmentConfig, ImageTransform
 from mhmoe_vl.data.masking import IGNORE
 from mhmoe_vl.data.samples import (
+    ClassSamples,
     ImageSamples,
     Nlvr2Samples,
     PairSamples,
@@ -140,6 +141,22 @@ def test_a_statement_about_two_images() -> None:
     assert torch.equal(built[0].right_image, resized(2))
     with pytest.raises(DataError, match="sample has no right image"):
         build(builder, {name: data for name, data in members.items() if name != "right.jpg"})
+
+
+def test_an_image_with_its_class() -> None:
+    builder = ClassSamples(RESIZE, ["cat", "dog"])
+    example = build(builder, {"jpg": image_bytes(3), "json": json_bytes(file="dog/3.jpg", **{"class": "dog"})})
+    assert (example.sample_id, example.label, example.text_ids) == ("k", 1, None)
+    assert torch.equal(example.image, resized(3))
+    for members, message in (
+        ({"json": json_bytes(**{"class": "cow"})}, "class 'cow' is not in the list of classes"),
+        ({"json": json_bytes(label=1)}, "the sample's json has no string 'class'"),
+        ({}, "the sample has no .json member"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build(builder, {"jpg": image_bytes(3)} | members)
+    # Labelled images are images too.
+    assert "class" in ImageSamples.shard_kinds
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 
-from eval import captioning, nlvr2, vqa
+from eval import captioning, classification, nlvr2, retrieval, vqa
 from eval.text_baselines import text_baselines
 from mhmoe_vl.config import dump_config, validate_config
+from mhmoe_vl.evaluation.classification_accuracy import write_class_predictions
 from mhmoe_vl.evaluation.prior import TextPrior
+from mhmoe_vl.evaluation.retrieval_recall import Rankings, RetrievalPredictions, write_rankings
+from mhmoe_vl.evaluation.truth import class_labels
 from mhmoe_vl.train.config import RunConfig
-from tests.unit.evaluation.splits import pack_caption_split, pack_nlvr2_split, pack_vqa_split
+from tests.unit.evaluation.splits import pack_caption_split, pack_class_split, pack_nlvr2_split, pack_vqa_split
 
-SCRIPTS = {"vqa": vqa, "nlvr2": nlvr2, "captioning": captioning}
+SCRIPTS = {
+    "vqa": vqa,
+    "nlvr2": nlvr2,
+    "captioning": captioning,
+    "retrieval": retrieval,
+    "classification": classification,
+}
 
 
 def score(script: ModuleType, folder: Path, predictions: Path, shards: str, *options: str) -> dict[str, Any]:
@@ -190,6 +199,65 @@ def test_captioning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (rows["score"], rows["n"]) == ("1000.00", "3")
     assert rows["best constant caption"] == f"{card['majority']:.2f}"
     assert rows["blind (text only)"] == f"{card['blind']:.2f}"
+
+
+def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = pack_caption_split(
+        tmp_path / "test", {1: ["a bus", "a car"], 2: ["a cat", "a mat"], 3: ["a dog", "a fox"]}
+    )
+    captions_of = {
+        "1": ["1/1", "2/0", "3/0", "1/0", "3/1", "2/1"],
+        "2": ["1/0", "2/1", "1/1", "3/0", "3/1", "2/0"],
+        "3": ["1/0", "1/1", "2/0", "2/1", "3/0", "3/1"],
+    }
+    images_of = {f"{image}/{number}": ["1", "2", "3"] for image in (1, 2, 3) for number in (0, 1)}
+    predictions = tmp_path / "rankings.json"
+    write_rankings(predictions, RetrievalPredictions(Rankings(captions_of, images_of)))
+    card = score(retrieval, tmp_path, predictions, shards)
+    # Of the images the first; of the captions, those of the first.
+    assert (card["score"], card["n"], card["blind"]) == (pytest.approx(100 / 3), 3, None)
+    assert card["majority"] == pytest.approx(100 / 3)
+    assert card["details"]["image to text, recall@1"] == pytest.approx(100 / 3)
+    assert card["details"]["text to image, recall@5"] == 100
+    # Of six captions only one is not among the first five, and an image has two.
+    assert card["details"]["chance: image to text, recall@5"] == 100
+    assert not any(name.startswith("folds") for name in card["details"])
+    assert card["notes"] == ["3 images, 6 captions"]
+    rows = shown(capsys.readouterr().out)
+    assert (rows["score"], rows["chance"], rows["n"]) == ("33.33", "33.33", "3")
+    assert "majority" not in rows
+    assert "blind (text only)" not in rows
+
+
+def test_retrieval_in_folds_of_the_first_caption(tmp_path: Path) -> None:
+    shards = pack_caption_split(tmp_path / "test", {1: ["a bus", "a car"], 2: ["a cat", "a mat"]})
+    rankings = Rankings({"1": ["2/0", "1/0"], "2": ["1/0", "2/0"]}, {"1/0": ["2", "1"], "2/0": ["1", "2"]})
+    folds = Rankings({"1": ["1/0"], "2": ["2/0"]}, {"1/0": ["1"], "2/0": ["2"]})
+    predictions = tmp_path / "rankings.json"
+    write_rankings(predictions, RetrievalPredictions(rankings, folds, 1, 1))
+    card = score(retrieval, tmp_path, predictions, shards)
+    assert (card["score"], card["notes"]) == (0, ["2 images, 2 captions"])
+    assert card["details"]["folds of 1: text to image, recall@1"] == 100
+
+
+def test_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = pack_class_split(tmp_path / "train", ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg"])
+    shards = pack_class_split(tmp_path / "val", ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg", "fox/4.jpg"])
+    keys = {name: key for key, name in class_labels([shards]).items()}
+    labels = class_labels([shards])
+    guesses = {key: ["dog", "cat"] for key in labels} | {keys["fox"]: ["fox"], keys["cat"]: ["dog", "fox"]}
+    predictions = tmp_path / "predictions.json"
+    write_class_predictions(predictions, guesses)
+    card = score(classification, tmp_path, predictions, shards, "--train-data", train)
+    assert (card["score"], card["n"], card["blind"]) == (75, 4, None)
+    # Cats are commonest in training: one of four here; with dogs, which come second, three of four.
+    assert card["majority"] == 25
+    assert card["details"] == {"top-5": 75, "top-5 of the commonest classes": 75}
+    rows = shown(capsys.readouterr().out)
+    assert (rows["score"], rows["majority"], rows["n"]) == ("75.00", "25.00", "4")
+    assert "blind (text only)" not in rows
+    alone = score(classification, tmp_path, predictions, shards)
+    assert (alone["score"], alone["majority"], alone["details"]) == (75, None, {"top-5": 75})
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

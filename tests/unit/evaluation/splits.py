@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import pack_nlvr2, pack_pairs, pack_vqa
+from data_prep import pack_classes, pack_nlvr2, pack_pairs, pack_vqa
 from tests.unit.data.files import image_bytes, write_images
 
 
@@ -61,4 +61,13 @@ def pack_caption_split(folder: Path, captions: dict[int, Sequence[str]]) -> str:
     (folder / "captions.json").write_text(json.dumps(source))
     command = ["--coco", str(folder / "captions.json"), "--images", str(folder), "--out", str(folder / "shards")]
     assert pack_pairs.main(command) == 0
+    return str(folder / "shards")
+
+
+def pack_class_split(folder: Path, files: Sequence[str]) -> str:
+    """Files such as ``dog/1.jpg``."""
+    for number, file in enumerate(files):
+        (folder / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / file).write_bytes(image_bytes(number))
+    assert pack_classes.main(["--images", str(folder / "images"), "--out", str(folder / "shards")]) == 0
     return str(folder / "shards")

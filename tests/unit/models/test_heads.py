@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from mhmoe_vl.models.encoder import initial_std
-from mhmoe_vl.models.heads import Nlvr2Head, TokenHead, VqaHead
+from mhmoe_vl.models.heads import ClassificationHead, EmbeddingHead, Nlvr2Head, TokenHead, VqaHead
 from tests.unit.models.builders import randomize
 
 
@@ -59,6 +59,29 @@ def test_the_nlvr2_head_tells_left_from_right_and_class_from_text() -> None:
 def test_the_nlvr2_head_starts_near_zero() -> None:
     torch.manual_seed(0)
     assert Nlvr2Head(64)(torch.randn(9, 2, 64), torch.randn(9, 2, 64)).abs().max() < 0.01
+
+
+def test_embeddings_lie_on_the_unit_sphere() -> None:
+    head = EmbeddingHead(16).double()
+    x = hidden(5, 16)
+    projected = x @ head.linear.weight.T
+    assert_close(head(x), projected / projected.square().sum(1, keepdim=True).sqrt())
+    assert head.linear.bias is None
+    # In 16 bits the length would be off by up to one in 250.
+    with torch.autocast("cpu", torch.bfloat16):
+        lengths = EmbeddingHead(16)(hidden(5, 16).float()).norm(dim=1)
+    assert lengths.dtype == torch.float32
+    assert_close(lengths, torch.ones(5))
+
+
+def test_the_classification_head_by_hand() -> None:
+    head = ClassificationHead(16, 7).double()
+    randomize(head)
+    x = hidden(3, 16)
+    normed = F.layer_norm(x, (16,), head.norm.weight, head.norm.bias)
+    assert_close(head(x), normed @ head.linear.weight.T + head.linear.bias)
+    torch.manual_seed(0)
+    assert ClassificationHead(64, 9)(torch.randn(5, 64)).abs().max() < 0.01
 
 
 def test_initial_weights_follow_the_width() -> None:

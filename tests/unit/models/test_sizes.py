@@ -109,6 +109,23 @@ def test_parameters_and_flops_equal_the_built_encoder(ffn: str, experts: str, op
     assert flops == 2 * (cost.num_image_tokens + cost.num_text_tokens) * cost.flops_per_token
 
 
+@pytest.mark.parametrize("ffn", ["dense", "mhmoe"])
+def test_image_and_text_may_be_sequences_of_their_own(ffn: str) -> None:
+    """Then they cost less: no attention between them."""
+    config = make_config(ffn)
+    encoder = MultiwayEncoder(config)
+    cost = encoder_cost(config, num_text_tokens=6, is_pair=False)
+    image = images(2).float()
+    with sdpa_kernel(SDPBackend.MATH):
+        flops = count_flops(lambda: (encoder(image), encoder(None, texts(2, 6))))
+    flops -= count_flops(lambda: encoder.vision_embedding(image))
+    assert flops // (2 * 23) == cost.flops_per_token
+    assert cost.flops_per_token < encoder_cost(config, num_text_tokens=6).flops_per_token
+    # Of an image alone, 17 tokens.
+    assert encoder_cost(config, num_text_tokens=0).num_text_tokens == 0
+    assert encoder_cost(config, num_text_tokens=0).num_params == cost.num_params
+
+
 @pytest.mark.parametrize(("ffn", "rows"), [("dense", 0), ("smoe", 2), ("xmoe", 2), ("fine_grained", 2), ("mhmoe", 8)])
 def test_assignments_per_token(ffn: str, rows: int) -> None:
     config = make_config(ffn)

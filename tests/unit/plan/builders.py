@@ -14,6 +14,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "nlvr2": {"kind": "nlvr2"},
     "captioning": {"kind": "captioning"},
     "language_modeling": {"kind": "language_modeling"},
+    "retrieval": {"kind": "retrieval"},
+    "classification": {"kind": "classification", "classes": "absent.json"},
 }
 SOURCES = {
     "pretrain": ("image", "text", "pair"),
@@ -21,16 +23,25 @@ SOURCES = {
     "nlvr2": ("nlvr2",),
     "captioning": ("pair",),
     "language_modeling": ("text",),
+    "retrieval": ("pair",),
+    "classification": ("class",),
 }
 
 
-def make_run(task: str = "pretrain", *, model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
-    """32 wide, two blocks (the second is sparse), 16 patches, 14 tokens of text, 12 samples a step."""
+def make_run(
+    task: str = "pretrain",
+    *,
+    model: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """32 wide, two blocks (the second is sparse), 16 patches, 14 tokens of text, 12 samples a step; ``options`` are the
+    task's."""
     if task == "language_modeling":
         model = {"modalities": ["text"]} | (model or {})
     tree = {
         "out": "unused",
-        "task": TASKS[task],
+        "task": TASKS[task] | (options or {}),
         "model": {
             "dim": 32, "depth": 2, "num_heads": 2, "ffn_dim": 64, "image_size": 32, "patch_size": 8, "vocab_size": 50,
             "max_text_length": 16, "num_visual_codes": 24,

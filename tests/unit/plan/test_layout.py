@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.plan.layout import Layout, Shards, layout_of, shards_of
-from mhmoe_vl.plan.memory import Part, all_to_all_bytes, memory_of
+from mhmoe_vl.plan.memory import Part, all_to_all_bytes, memory_of, parts_of
 from mhmoe_vl.plan.timing import communication_of, exchange_bandwidth, ring_bandwidth, seconds_of, step_time
-from mhmoe_vl.plan.trace import Trace, Work
+from mhmoe_vl.plan.trace import Trace, Tracer, Work
 from mhmoe_vl.plan.workload import build_task_without_files, samples_of
 from tests.unit.plan.builders import make_device, make_run
 
@@ -65,6 +66,24 @@ def test_memory_adds_up() -> None:
     assert memory.weight_copies == 10 + 20 + 3 + 3
     assert (memory.activations, memory.temporary, memory.all_to_all) == (7000, 700, 7)
     assert memory.total == 1600 + 1760 + 36 + 7000 + 700 + 7
+
+
+def test_what_is_frozen_has_neither_gradient_nor_moments_nor_activations() -> None:
+    config = make_run("classification", options={"linear_probe": True}, model={"ffn": "dense"})
+    probe, layout = build_task_without_files(config), Layout(2, "ddp", 1, 1)
+    num_trained = 2 * 32 + 33 * 1000
+    shards = shards_of(probe, layout)
+    assert shards.trained == num_trained
+    tracer = Tracer(config.model, torch.float32, make_device())
+    parts = parts_of(probe, tracer, samples_of(config), {"class": 3}, checkpointed=False)
+    memory = memory_of(probe, shards, layout, parts, all_to_all=0)
+    assert (memory.gradients, memory.optimizer) == (4 * num_trained, 8 * num_trained)
+    assert memory.weights == 4 * sum(parameter.numel() for parameter in probe.parameters())
+    *encoder, head = parts
+    assert not any(part.trace.kept or part.trace.backward.flops for part in encoder)
+    assert all(part.trace.forward.flops for part in encoder)
+    assert head.trace.kept > 0
+    assert head.trace.backward.flops > 0
 
 
 def test_rows_that_experts_exchange() -> None:

@@ -11,6 +11,7 @@ from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import PatchMasking
 from mhmoe_vl.moe import count_flops
 from mhmoe_vl.plan.workload import (
+    NUM_IMAGENET_CLASSES,
     NUM_VQA_ANSWERS,
     build_task_without_files,
     busiest_share,
@@ -33,6 +34,10 @@ def test_samples_by_hand() -> None:
     assert samples_of(make_run("language_modeling"))["text"].num_masked_tokens == 14
     # 0.7 of 13: the end token may be hidden too.
     assert samples_of(make_run("captioning"))["pair"].num_masked_tokens == 9
+    assert samples_of(make_run("classification"))["class"].num_tokens == 17
+    image, text = samples_of(make_run("retrieval"))["pair"].passes
+    assert (image.num_image_tokens, image.num_text_tokens) == (17, 0)
+    assert (text.num_image_tokens, text.num_text_tokens) == (0, 14)
 
 
 def test_patches_are_masked_as_in_training() -> None:
@@ -52,8 +57,20 @@ def test_flops_are_what_a_counter_sees(task_kind: str, ffn: str) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             counted = count_flops(lambda batch=batch, source=source, totals=totals: task({source: batch}, totals))
         cost = sample_cost(task, sample)
-        assert counted == 3 * (cost.forward_flops + cost.target_flops)
+        # Retrieval: three images by three texts, and the other way round, 32 wide.
+        similarities = 2 * 2 * 3 * 3 * 32 if task_kind == "retrieval" else 0
+        assert counted == 3 * (cost.forward_flops + cost.target_flops) + similarities
         assert cost.training_flops == 3 * cost.forward_flops + cost.target_flops
+
+
+def test_the_encoder_of_a_linear_probe_has_no_backward_pass() -> None:
+    config = make_run("classification")
+    probe = make_run("classification", options={"linear_probe": True})
+    whole, frozen = (sample_cost(build_task_without_files(run), samples_of(run)["class"]) for run in (config, probe))
+    # Norm and linear layer of 1,000 classes.
+    assert frozen.trained_flops == 2 * 32 * NUM_IMAGENET_CLASSES
+    assert frozen.forward_flops == whole.forward_flops == whole.trained_flops
+    assert frozen.training_flops == whole.forward_flops + 2 * frozen.trained_flops
 
 
 @pytest.mark.parametrize("task_kind", TASKS)

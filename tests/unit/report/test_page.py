@@ -135,6 +135,36 @@ def test_scores_stand_beside_their_baselines_and_cost(page: str) -> None:
     assert "mhmoe in one block of 2: 4 experts of width 64" in text
 
 
+def test_retrieval_and_classification_have_sections(runs: Path, tmp_path: Path) -> None:
+    tokenizer = runs / "tokenizer.json"
+    ranked = {"captions_of": {str(n): [f"{n}/1"] for n in range(12)}, "images_of": {}}
+    rankings = {"whole": ranked, "fold_size": None, "captions_per_image": None}
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": [HOSTILE]}))
+    shard = write_shard(tmp_path / "c.tar", "class", [({"class": HOSTILE}, ["png"])])
+    for task, source, name, predictions in (
+        ({"kind": "retrieval"}, {"kind": "pair", "shards": str(runs / "pairs.tar")}, "retrieval_rankings", rankings),
+        (
+            {"kind": "classification", "classes": str(tmp_path / "classes.json")},
+            {"kind": "class", "shards": str(shard)},
+            "class_predictions",
+            {"0000": [HOSTILE]},
+        ),
+    ):
+        kind = task["kind"]
+        records = [{"kind": "train", "step": 2, kind: 0.75, f"{kind}_accuracy": 0.5, "samples_per_second": 10.0}]
+        card = replace(CARD, task=kind, blind=None)
+        directory = write_run(run_config(tmp_path / kind, task, source, tokenizer), records=records, card=card)
+        (directory / f"{name}.json").write_text(json.dumps(predictions))
+    page = report(tmp_path, tmp_path / "report.html", "retrieval", "classification")
+    checked(page)
+    sections = re.findall(r'<section id="([^"]*)"', page)
+    assert sections == ["scores", "curves", "samples-retrieval", "samples-classification", "made"]
+    assert page.count("✓ the large blue circle") == 8
+    assert f"✓ {html.escape(HOSTILE)}" in page
+    for shown in ("recall@1, %", "accuracy, %", "chance", "majority answer", "nats per choice", "nats per image"):
+        assert shown in page, shown
+
+
 def test_curves_and_experts_are_those_of_the_run(page: str, runs: Path) -> None:
     records = [json.loads(line) for line in (runs / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in records if record["kind"] == "validation"][-1]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.report.collect import RunRecord, read_run
-from mhmoe_vl.report.samples import caption_samples, evaluated_shards, nlvr2_samples, sample_order, vqa_samples
+from mhmoe_vl.report.samples import (
+    caption_samples,
+    class_samples,
+    evaluated_shards,
+    nlvr2_samples,
+    retrieval_samples,
+    sample_order,
+    vqa_samples,
+)
 from tests.unit.report.runs import run_config, write_pairs, write_run, write_shard, write_tokenizer
 
 
@@ -99,6 +107,32 @@ def test_captions_stand_beside_their_references(tmp_path: Path) -> None:
     samples = caption_samples(run, [str(shard)], num_samples=3)
     assert sorted(sample.prediction for sample in samples) == ["caption 0", "caption 1", "caption 2"]
     assert samples[0].references == ["a small red square above the circle", "the large blue circle"]
+
+
+def test_found_captions_stand_beside_the_image_s_own(tmp_path: Path) -> None:
+    shard = write_pairs(tmp_path / "pairs.tar", 2)
+    best = {"0": ["1/0", "0/1", "1/1", "0/0"], "1": ["1/1", "1/0", "0/0", "0/1"]}
+    whole = {"captions_of": best, "images_of": {}}
+    files = {"retrieval_rankings.json": json.dumps({"whole": whole, "fold_size": None, "captions_per_image": None})}
+    run = read(tmp_path, {"kind": "retrieval"}, {"kind": "pair", "shards": str(shard)}, files)
+    by_first = {sample.found[0][1]: sample for sample in retrieval_samples(run, [str(shard)], num_samples=2)}
+    red, blue = "a small red square above the circle", "the large blue circle"
+    assert by_first[False].found == [(red, False), (blue, True), (blue, False)]
+    assert by_first[True].found == [(blue, True), (red, True), (red, False)]
+    assert by_first[True].captions == [red, blue]
+    assert by_first[True].image.startswith("data:image/png")
+    with pytest.raises(DataError, match=r"has no prediction for 2 of the shards; name .*--retrieval-data"):
+        retrieval_samples(run, [str(write_pairs(tmp_path / "more.tar", 3))], num_samples=3)
+
+
+def test_the_first_three_classes_beside_the_true_one(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "c.tar", "class", [({"class": name}, ["png"]) for name in ("cat", "dog")])
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    files = {"class_predictions.json": json.dumps({"0000": ["dog", "cat", "a", "b"], "0001": ["dog"]})}
+    task = {"kind": "classification", "classes": str(tmp_path / "classes.json")}
+    run = read(tmp_path, task, {"kind": "class", "shards": str(shard)}, files)
+    found = {sample.label: sample.predictions for sample in class_samples(run, [str(shard)], num_samples=5)}
+    assert found == {"cat": ["dog", "cat", "a"], "dog": ["dog"]}
 
 
 def test_named_shards_come_before_those_of_the_validation(tmp_path: Path) -> None:

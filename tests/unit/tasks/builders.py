@@ -12,14 +12,17 @@ from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import MicroBatch, Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
+from mhmoe_vl.tasks.classification import ClassificationConfig, ClassificationTask
 from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
+from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from tests.unit.models.builders import make_config, patch_masks, randomize, texts
 
-TASKS = ("pretrain", "vqa", "nlvr2", "captioning", "language_modeling")
+TASKS = ("pretrain", "vqa", "nlvr2", "captioning", "language_modeling", "retrieval", "classification")
 NUM_ANSWERS = 7
+NUM_CLASSES = 5
 
 
 def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None = None, **changes: Any) -> Task:
@@ -37,6 +40,10 @@ def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None =
         task = Nlvr2Task(model, Nlvr2Config(**options))
     elif kind == "language_modeling":
         task = LanguageModelingTask(model, LanguageModelingConfig(**options))
+    elif kind == "retrieval":
+        task = RetrievalTask(model, RetrievalConfig(**options))
+    elif kind == "classification":
+        task = ClassificationTask(model, ClassificationConfig(classes="unused", **options), NUM_CLASSES)
     else:
         task = CaptioningTask(model, CaptioningConfig(**options))
     randomize(task)
@@ -52,7 +59,7 @@ def byte_images(num: int, *, seed: int = 0) -> Tensor:
 
 
 def make_batch(kind: str, num: int, *, seed: int = 0) -> Batch:
-    """Batches of every kind of shard, with texts of different lengths, and ``captioning``."""
+    """Batches of every kind of shard, with texts of different lengths, and of tasks that take other parts of them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 7, (num,), generator=generator)
     valid = torch.arange(6).expand(num, -1) < lengths[:, None]
@@ -81,7 +88,7 @@ def make_batch(kind: str, num: int, *, seed: int = 0) -> Batch:
         text_valid=valid,
         text_targets=torch.where(hidden, texts(num, 6, seed=seed + 1), -100),
         answer_scores=torch.rand(num, NUM_ANSWERS, generator=generator),
-        label=torch.randint(0, 2, (num,), generator=generator),
+        label=torch.randint(0, NUM_CLASSES if kind == "classification" else 2, (num,), generator=generator),
     )
     has = {
         "image": ("image", "image_mask"),
@@ -90,6 +97,8 @@ def make_batch(kind: str, num: int, *, seed: int = 0) -> Batch:
         "captioning": ("image", "text_ids", "text_valid", "text_targets"),
         "vqa": ("image", "text_ids", "text_valid", "answer_scores"),
         "nlvr2": ("image", "right_image", "text_ids", "text_valid", "label"),
+        "retrieval": ("image", "text_ids", "text_valid"),
+        "classification": ("image", "label"),
     }[kind]
     absent = {f.name: None for f in fields(Batch) if f.name not in ("sample_ids", "seed", "problems", *has)}
     return replace(everything, **absent)
