@@ -62,6 +62,8 @@ class ModelConfig(Config):
         ffn: kind of the sparse blocks' feed-forward layer, the one word that a comparison changes.
         shared_attention: one set of attention weights for both modalities (the paper) or one each (the release).
         vl_ffn_layers: top blocks with a third, joint feed-forward for image-text pairs (paper: 3; release: 0).
+        final_norm: normalise what the last block gives. The release leaves that to the heads of visual question
+            answering and image classification, which begin with a norm of their own.
         tie_embeddings: the MLM or LM head shares the token embedding (the release has its own).
         positions: of text: ``learned``, a table that is added to the tokens, or ``rotary`` (arXiv 2104.09864), which
             turns queries and keys and has no parameters. Rotary needs an encoder of text alone.
@@ -83,6 +85,7 @@ class ModelConfig(Config):
     sub_ln: bool = True
     shared_attention: bool = False
     vl_ffn_layers: Annotated[int, Field(ge=0)] = 0
+    final_norm: bool = True
     tie_embeddings: bool = False
     positions: Literal["learned", "rotary"] = "learned"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -192,7 +192,8 @@ def _build_samples(
 def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:
     """Those weights of the run in ``directory`` that ``task`` can start from: its encoder, and heads of the same shape.
 
-    Position tables of another image size are resized by the encoder's own rule.
+    Position tables of another image size are resized by the encoder's own rule; a final norm is left out if ``task``
+    has none.
 
     Args:
         task: may be on the meta device.
@@ -202,6 +203,9 @@ def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:
         ConfigError: the encoders do not have the same architecture, naming the first differences.
     """
     weights = load_weights(Path(directory) / run_directory.WEIGHTS)
+    if not task.config.final_norm:
+        # The task's head begins with a norm of its own, and takes the place of this one.
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.norm.")}
     own = task.state_dict()
     weights = {name: _resized(name, tensor, own) for name, tensor in weights.items()}
     problems = [

@@ -86,6 +86,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"shared_attention": True, "glu": True},
     {"modalities": ("text",)},
     {"modalities": ("vision",)},
+    {"final_norm": False},
 ]
 
 
