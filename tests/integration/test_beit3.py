@@ -187,6 +187,7 @@ def test_mistakes_are_one_line(
     assert "exists; choose another --out" in refusal(capsys, *arguments[:3], "--out", tmp_path / "released")
     tree = pretraining(shards, tmp_path / "sparse", max_steps=2)
     train(tree)
+    capsys.readouterr()
     line = refusal(capsys, "to-beit3", "--run", tmp_path / "sparse", "--out", tmp_path / "x.pth")
     assert line.endswith("sparse: model.ffn: mhmoe, and released BEiT-3 has dense")
     assert "neither config.yaml of a run nor model.yaml" in refusal(
