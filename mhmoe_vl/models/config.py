@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mhmoe_vl.config import Config
 from mhmoe_vl.moe import FfnShape, match_ffn
 from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS, default_router
+from mhmoe_vl.moe.experts import WHOLE_LAYER_BACKENDS
 
 Positive = Annotated[int, Field(gt=0)]
 Modality = Literal["vision", "text"]
@@ -29,6 +30,8 @@ class MoEConfig(Config):
         router: ``linear`` or ``cosine``; None is what the kind means.
         num_experts_multiple: derived numbers of experts are rounded to a multiple of this, so that expert-parallel
             degrees divide them. A property of the model, which is the same on any number of processes.
+        sub_ln: experts normalise their hidden activation, as dense layers do under ``model.sub_ln`` and as those of the
+            first paper do, by its counts of parameters. The fast engine for CPUs cannot.
         backend: what computes the experts: ``auto``, or one of docs/moe.md; results are the same.
         balance_weight, z_weight: weights of the auxiliary losses.
         selection_bias_rate: rate of loss-free balancing; 0 turns it off.
@@ -49,6 +52,7 @@ class MoEConfig(Config):
     renormalize: bool = False
     inner_residual: bool = False
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    sub_ln: bool = False
     backend: Literal["auto", "loop", "segments", "grouped_mm", "fused"] = "auto"
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     z_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -117,6 +121,8 @@ class ModelConfig(Config):
                     f"positions: 'rotary' turns pairs of values, and a head of dim={self.dim} / num_heads="
                     f"{self.num_heads} has {self.dim // self.num_heads}; choose num_heads so that it is even"
                 )
+        if self.moe.sub_ln and self.moe.backend in WHOLE_LAYER_BACKENDS:
+            raise ValueError(f"moe.backend: '{self.moe.backend}' has no norm for moe.sub_ln=true; use moe.backend=auto")
         if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
             raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":
@@ -158,6 +164,7 @@ class ModelConfig(Config):
             self.glu,
             num_experts_multiple=self.moe.num_experts_multiple,
             num_projections=self.moe.num_head_layers + self.moe.num_merge_layers,
+            sub_ln=self.moe.sub_ln,
         )
 
     @property

@@ -80,5 +80,6 @@ def block_ffn_cost(config: ModelConfig, *, sparse: bool) -> FfnCost:
         shape.num_heads,
         router=config.router,
         glu=config.glu,
+        sub_ln=config.moe.sub_ln,
         num_projections=config.moe.num_head_layers + config.moe.num_merge_layers,
     )

@@ -110,6 +110,14 @@ def test_parameters_and_flops_equal_the_built_encoder(ffn: str, experts: str, op
     assert flops == 2 * (cost.num_image_tokens + cost.num_text_tokens) * cost.flops_per_token
 
 
+@pytest.mark.parametrize("ffn", ["smoe", "mhmoe"])
+def test_norms_inside_experts_count(ffn: str) -> None:
+    config = make_config(ffn, moe={"sub_ln": True})
+    assert encoder_cost(config, num_text_tokens=6).num_params == num_params(MultiwayEncoder(config))
+    with pytest.raises(ValueError, match=r"moe.backend: 'segments' has no norm for moe.sub_ln"):
+        make_config(ffn, moe={"sub_ln": True, "backend": "segments"})
+
+
 @pytest.mark.parametrize(("ffn", "rows"), [("dense", 0), ("smoe", 2), ("xmoe", 2), ("fine_grained", 2), ("mhmoe", 8)])
 def test_assignments_per_token(ffn: str, rows: int) -> None:
     config = make_config(ffn)
