@@ -4,6 +4,7 @@ python -m mhmoe_vl.convert from-beit3 --checkpoint beit3_base_patch16_224.pth --
 python -m mhmoe_vl.convert from-beit3 --checkpoint beit3_base_patch16_480_vqa.pth --out runs/released-vqa \\
   --config configs/beit3/vqa.yaml
 python -m mhmoe_vl.convert to-beit3 --run runs/beit3-vqa --out vqa.pth
+python -m mhmoe_vl.convert upcycle --run runs/beit3-base --config configs/beit3/mhmoe.yaml --out runs/beit3-mhmoe
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from mhmoe_vl.config import load_config
 from mhmoe_vl.convert.beit3 import from_beit3, to_beit3
+from mhmoe_vl.convert.upcycle import describe, upcycle
+from mhmoe_vl.data.prepare.command_line import positive_int
 from mhmoe_vl.errors import ConfigError, exit_on_user_error
 from mhmoe_vl.train.config import RunConfig
 
@@ -43,7 +46,13 @@ def _to_beit3(args: argparse.Namespace) -> str:
     return to_beit3(args.run, args.out)
 
 
-_COMMANDS = {"from-beit3": _from_beit3, "to-beit3": _to_beit3}
+def _upcycle(args: argparse.Namespace) -> str:
+    config = load_config(RunConfig, args.config, args.overrides)
+    closeness = upcycle(args.run, config, args.out, num_samples=args.num_samples, fit_steps=args.fit_steps)
+    return describe(closeness, config, args.out)
+
+
+_COMMANDS = {"from-beit3": _from_beit3, "to-beit3": _to_beit3, "upcycle": _upcycle}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +75,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser("to-beit3", help="weights of a run as the released code reads them")
     command.add_argument("--run", type=Path, required=True, metavar="DIR")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".pth, or .safetensors")
+
+    command = commands.add_parser("upcycle", help="a dense run as the start of a sparse one")
+    command.add_argument("--run", type=Path, required=True, metavar="DIR", help="dense; or what from-beit3 wrote")
+    command.add_argument("--config", required=True, metavar="FILE", help="of the sparse run that is to start")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument(
+        "--num-samples", type=positive_int, default=96, metavar="N", help="of the training data to look at (default 96)"
+    )
+    command.add_argument(
+        "--fit-steps", type=int, default=300, metavar="N", help="for each layer on sub-tokens (default 300)"
+    )
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override --config")
     return parser.parse_args(argv)
 
 
