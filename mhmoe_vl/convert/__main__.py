@@ -4,7 +4,7 @@ python -m mhmoe_vl.convert from-beit3 --checkpoint beit3_base_patch16_224.pth --
 python -m mhmoe_vl.convert from-beit3 --checkpoint beit3_base_patch16_480_vqa.pth --out runs/released-vqa \\
   --config configs/beit3/vqa.yaml
 python -m mhmoe_vl.convert to-beit3 --run runs/beit3-vqa --out vqa.pth
-python -m mhmoe_vl.convert upcycle --run runs/beit3-base --config configs/beit3/mhmoe.yaml --out runs/beit3-mhmoe
+python -m mhmoe_vl.convert upcycle --run runs/beit3-base --config configs/beit3/mhmoe.yaml --out runs/beit3-mhmoe-start
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def from_beit3(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     released = recognize(shapes, str(checkpoint), num_heads=num_heads)
     if config is not None:
-        _require_same(config, released, checkpoint)
+        require_same(config, released, checkpoint)
     weights, unread = from_released(tensors, released, str(checkpoint), keep_unknown=keep_unknown)
     model = released.model
     if config is not None:
@@ -74,7 +74,7 @@ def from_beit3(
         cost = encoder_cost(model, num_text_tokens=config.data.text_length)
         write_atomically(out / run_directory.COST, json.dumps(asdict(cost), indent=2).encode() + b"\n")
         write_atomically(out / run_directory.CONFIG, dump_config(config).encode())
-    write_starting_point(out, model, weights, unread)
+    write_starting_point(out, model, weights, unread=unread)
     num_params = sum(tensor.numel() for tensor in tensors.values())
     use = f"start from it with init_from={out}"
     if config is not None:
@@ -106,9 +106,11 @@ def to_beit3(run: Path, out: Path) -> str:
     return f"{out}: BEiT-3 {released.size}, {kind}, {len(tensors)} tensors\n"
 
 
-def _require_same(config: RunConfig, released: ReleasedModel, checkpoint: Path) -> None:
-    """Raises:
-    ConfigError: another task or model.
+def require_same(config: RunConfig, released: ReleasedModel, checkpoint: Path) -> None:
+    """Refuse a configuration of another task or model than a checkpoint's.
+
+    Raises:
+        ConfigError: naming the settings that would be right.
     """
     if config.task.kind != released.kind:
         raise ConfigError(
@@ -124,8 +126,10 @@ def _require_same(config: RunConfig, released: ReleasedModel, checkpoint: Path) 
 
 
 def _require_fitting(config: RunConfig, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Raises:
-    ConfigError: files that the configuration names do not fit, such as a list of answers.
+    """Refuse files of the configuration that do not fit the weights, such as a list of answers.
+
+    Raises:
+        ConfigError: naming the first tensor that is of another shape.
     """
     load_tokenizer(config)
     with torch.device("meta"):

@@ -28,8 +28,10 @@ class _ModelFile(Config):
 
 
 def refuse_existing(directory: Path) -> None:
-    """Raises:
-    OutputError: there are weights in the directory, or of a run.
+    """Refuse to write over a run or a starting point.
+
+    Raises:
+        OutputError: the directory is one.
     """
     for name in (run_directory.WEIGHTS, run_directory.CONFIG):
         if (directory / name).exists():
@@ -37,9 +39,18 @@ def refuse_existing(directory: Path) -> None:
 
 
 def write_starting_point(
-    directory: Path, model: ModelConfig, weights: Mapping[str, Tensor], unread: Mapping[str, Tensor] | None = None
+    directory: Path,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tied: Mapping[str, str] | None = None,
+    unread: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the directory, the weights last.
+
+    Args:
+        tied: other names of some weights.
+        unread: of a BEiT-3 checkpoint.
 
     Raises:
         OutputError: it cannot be written.
@@ -49,7 +60,7 @@ def write_starting_point(
         write_atomically(directory / MODEL, dump_config(_ModelFile(model=model)).encode())
         if unread:
             write_weights(directory / UNREAD, unread)
-        write_weights(directory / run_directory.WEIGHTS, weights)
+        write_weights(directory / run_directory.WEIGHTS, weights, tied)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{directory}: cannot write: {getattr(error, 'strerror', None) or error}") from None
 

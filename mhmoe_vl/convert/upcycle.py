@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mhmoe_vl.convert.starting_point import refuse_existing, write_starting_point
 from mhmoe_vl.data.loader import train_loader
 from mhmoe_vl.data.prepare.progress import show_progress
+from mhmoe_vl.distributed.weights import tensor_names
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.encoder import EncoderOutput
 from mhmoe_vl.models.upcycling import copy_into_experts, fit, missed_share, start_linear
@@ -84,12 +85,12 @@ def upcycle(run: Path, config: RunConfig, out: Path, *, num_samples: int, fit_st
             raise ConfigError(f"model.moe: {error}") from None
         pools[name] = missed_share(before, after, held_out_ND)
     closeness = _compare(dense, sparse, micro_batch, pools)
-    weights = {
-        name: tensor.cpu().contiguous()
-        for name, tensor in sparse.state_dict().items()
-        if name.startswith("encoder.") or name in taken
-    }
-    write_starting_point(out, config.model, weights)
+    weights, tied = {}, {}
+    for tensor, names in tensor_names(sparse).items():
+        if any(name.startswith("encoder.") or name in taken for name in names):
+            weights[names[0]] = tensor.detach().cpu().contiguous()
+            tied.update(dict.fromkeys(names[1:], names[0]))
+    write_starting_point(out, config.model, weights, tied=tied)
     return closeness
 
 
@@ -104,8 +105,10 @@ def describe(closeness: Closeness, config: RunConfig, out: Path) -> str:
 
 
 def _require_upcyclable(config: RunConfig) -> None:
-    """Raises:
-    ConfigError: a model that cannot start from a dense one.
+    """Refuse what cannot start from a dense model.
+
+    Raises:
+        ConfigError: naming the setting.
     """
     model = config.model
     if model.ffn not in _KINDS:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,19 @@ import eval.nlvr2
 import eval.vqa
 from mhmoe_vl.config import load_config, validate_config
 from mhmoe_vl.convert.__main__ import main
+from mhmoe_vl.convert.beit3 import require_same
 from mhmoe_vl.distributed.weights import load_weights
+from mhmoe_vl.models.beit3 import recognize
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.trained import load_trained
 from tests.integration.runs import ALONE, fine_tuning, pretraining, train, write_config
-from tests.unit.models.released import TINY, Plain, fabricate
+from tests.unit.data_prep.test_sentencepiece import write_model
+from tests.unit.models.released import BASE, LARGE, TINY, Plain, fabricate, released_shapes
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs/beit3").glob("*.yaml"))
 
 #: What the shards of these tests need; two attention heads of 64.
 SIZES = {"image_size": 32, "vocab_size": 300, "max_positions": 26, "num_codes": 16}
@@ -204,3 +213,72 @@ def test_a_converted_run_has_no_history(shards: Path, tmp_path: Path) -> None:
     assert loaded.data.text_tokenizer == str(tmp_path / "run" / run_directory.TOKENIZER)
     assert run_directory.starts_of(tmp_path / "run") == []
     assert load_weights(tmp_path / "run" / run_directory.WEIGHTS)["mlm_head.linear.bias"].shape == (300,)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_of_the_released_sizes(path: Path) -> None:
+    """Released names and shapes of the task and size that a file of ``configs/beit3`` is for."""
+    config = load_config(RunConfig, path, ["model.ffn=dense"])
+    size = LARGE if path.stem.endswith("_large") else BASE
+    shapes = released_shapes(config.task.kind, **size, image_size=config.model.image_size)
+    require_same(config, recognize(shapes, "file"), Path("file"))
+
+
+#: What makes the README's commands small; sizes are those of the fabricated checkpoints.
+SMALL = [
+    "model.dim=128", "model.depth=2", "model.num_heads=2", "model.ffn_dim=96", "model.image_size=32",
+    "model.vocab_size=300", "model.max_text_length=24", "model.num_visual_codes=16", "model.moe.match=none",
+    "data.text_length=16", "data.batch_size=6", "data.num_workers=0", "optimizer.warmup_steps=1", "max_steps=2",
+]  # fmt: skip
+
+
+def readme_commands() -> list[list[str]]:
+    section = (ROOT / "README.md").read_text().partition("## Start from BEiT-3 weights")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_commands_of_the_readme(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in order, on fabricated files of the released names; the last training is a dry run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data/beit3").mkdir(parents=True)
+    for name, made in (
+        ("vqa-train", "vqa-train"), ("vqa-val", "vqa-val"), ("images", "images-train"), ("text", "text-train"),
+        ("pairs", "pairs-train"), ("pairs-val", "pairs-val"), ("visual_codebook.safetensors", "codebook.safetensors"),
+    ):  # fmt: skip
+        (tmp_path / "data" / name).symlink_to(shards / made)
+    answers = json.loads((shards / "vqa-train" / "answers.json").read_text())["answers"]
+    (tmp_path / "answer2label.txt").write_text(
+        "".join(json.dumps({"answer": answer, "label": label}) + "\n" for label, answer in enumerate(answers))
+    )
+    write_model(tmp_path / "beit3.spm")
+    save_released(tmp_path / "beit3_base_patch16_224.pth", "pretrain")
+    save_released(tmp_path / "beit3_base_patch16_480_vqa.pth", "vqa", num_answers=len(answers))
+    ran = []
+    for program, *words in readme_commands():
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        if "--config" in arguments:
+            arguments += SMALL
+        if arguments[0] == "upcycle":
+            arguments += ["--num-samples", "9", "--fit-steps", "2"]
+        if "configs/beit3/mhmoe.yaml" in arguments and module == "mhmoe_vl.train":
+            arguments.append("--dry-run")
+        is_package = (ROOT / module.replace(".", "/")).is_dir()
+        assert importlib.import_module(f"{module}.__main__" if is_package else module).main(arguments) == 0
+        ran.append((program, module, arguments[0]))
+    assert ran == [
+        ("python", "data_prep.train_text_tokenizer", "--sentencepiece"),
+        ("python", "mhmoe_vl.convert", "from-beit3"),
+        ("torchrun", "mhmoe_vl.train", "--config"),
+        ("python", "mhmoe_vl.convert", "to-beit3"),
+        ("python", "mhmoe_vl.convert", "from-beit3"),
+        ("python", "eval.vqa", "--run"),
+        ("python", "mhmoe_vl.convert", "upcycle"),
+        ("torchrun", "mhmoe_vl.train", "--config"),
+    ]
+    back = torch.load(tmp_path / "vqa.pth", weights_only=True)["model"]
+    assert {name: tuple(tensor.shape) for name, tensor in back.items()} == released_shapes(
+        "vqa", **(TINY | SIZES), num_answers=len(answers)
+    )

@@ -15,7 +15,7 @@ from mhmoe_vl.convert.upcycle import upcycle
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import read_metrics
-from tests.integration.runs import fine_tuning, pretraining, train, write_config
+from tests.integration.runs import fine_tuning, language_modeling, pretraining, train, write_config
 from tests.unit.models.released import fabricate
 
 EXACT = {"top_k": 2, "renormalize": True, "sub_ln": True, "selection_bias_rate": 0.0}
@@ -65,6 +65,18 @@ def test_copies_go_on_where_the_dense_run_ended(shards: Path, tmp_path: Path, de
     train(dense_again)
     first = [read_metrics(tmp_path / run, "train")[0] for run in ("run", "dense")]
     assert first[0]["mim"] == pytest.approx(first[1]["mim"], rel=1e-4)
+
+
+def test_language_models_whose_head_is_the_embedding(shards: Path, corpus: Path, tmp_path: Path) -> None:
+    tree = language_modeling(shards, corpus, tmp_path / "dense", max_steps=2)
+    tree["model"] |= {"ffn": "dense", "tie_embeddings": True}
+    train(tree)
+    tree |= {"out": str(tmp_path / "run"), "init_from": str(tmp_path / "start")}
+    tree["model"] |= {"ffn": "smoe", "moe": tree["model"]["moe"] | EXACT}
+    assert start(tmp_path / "dense", tree, tmp_path).hidden < 1e-10
+    weights = load_weights(tmp_path / "start" / "model.safetensors")
+    assert torch.equal(weights["lm_head.linear.weight"], weights["encoder.text_embedding.tokens.weight"])
+    train(tree)
 
 
 @pytest.mark.parametrize("ffn", ["mhmoe", "mhmoe_head_parallel"])
