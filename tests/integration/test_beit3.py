@@ -21,12 +21,13 @@ from mhmoe_vl.config import load_config, validate_config
 from mhmoe_vl.convert.__main__ import main
 from mhmoe_vl.convert.beit3 import require_same
 from mhmoe_vl.distributed.weights import load_weights
+from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.beit3 import recognize
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.trained import load_trained
-from tests.integration.runs import ALONE, fine_tuning, pretraining, train, write_config
+from tests.integration.runs import ALONE, fine_tuning, language_modeling, pretraining, train, write_config
 from tests.unit.data_prep.test_sentencepiece import write_model
 from tests.unit.models.released import BASE, LARGE, TINY, Plain, fabricate, released_shapes
 
@@ -84,6 +85,21 @@ def test_fine_tuning_starts_from_released_weights(
     q = torch.cat([released[f"beit3.encoder.layers.1.self_attn.{x}_proj.B.weight"] for x in "qkv"])
     assert torch.equal(taken["encoder.blocks.1.attention.qkv.text.weight"], q)
     train(tree)
+
+
+def test_a_model_of_one_modality_takes_its_branches(
+    shards: Path, corpus: Path, tmp_path: Path, released: dict[str, Tensor]
+) -> None:
+    """As the release does for ImageNet with images; here with text."""
+    tree = language_modeling(shards, corpus, tmp_path / "run", init_from=str(tmp_path / "released"))
+    tree["model"] |= MODEL | {"positions": "learned"}
+    taken = initial_weights(build_task(validate_config(RunConfig, tree)), str(tmp_path / "released"))
+    assert not any("vision" in name for name in taken)
+    assert torch.equal(taken["encoder.norm.text.bias"], released["beit3.encoder.layer_norm.B.bias"])
+    # What it does want must be there.
+    tree["model"]["max_text_length"] = 30
+    with pytest.raises(ConfigError, match=r"1 tensors of the encoder differ: encoder.text_embedding.positions"):
+        initial_weights(build_task(validate_config(RunConfig, tree)), str(tmp_path / "released"))
 
 
 def test_pretraining_goes_on_from_released_weights(shards: Path, tmp_path: Path, released: dict[str, Tensor]) -> None:
