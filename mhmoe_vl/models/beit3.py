@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], where: str, *, num_heads: i
             )
     elif dim % num_heads:
         raise CheckpointError(f"{where}: {dim} wide, which {num_heads} attention heads (--num-heads) do not divide")
-    sizes = {
+    sizes: dict[str, Any] = {
         "dim": dim,
         "depth": max(layers) + 1,
         "num_heads": num_heads,

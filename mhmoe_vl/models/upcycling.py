@@ -10,13 +10,15 @@ Shape suffixes: N tokens, D width, F hidden width, E experts, W width of a sub-t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE
 from mhmoe_vl.moe.layer import linear_layers
-from mhmoe_vl.moe.routing import CosineRouter
+from mhmoe_vl.moe.routing import CosineRouter, PerHeadRouter
 
 #: Spread of a router's logits for which experts are all but equally weighted.
 _INDIFFERENCE = 1e-3
@@ -47,7 +49,8 @@ def copy_into_experts(dense: FeedForward, layer: MoE, inputs_ND: Tensor | None =
         raise ValueError(f"glu={experts.glu}, and the dense layer has glu={dense.glu}")
     if layer.inner_residual:
         raise ValueError("inner_residual adds the input, which the dense layer does not")
-    w2_FD, b2_D = dense.w2.weight.T, dense.w2.bias
+    w2_FD: Tensor = dense.w2.weight.T
+    b2_D: Tensor = dense.w2.bias
     norm = dense.norm if isinstance(dense.norm, nn.LayerNorm) else None
     if experts.norm_weight_EF is not None and experts.norm_bias_EF is not None:
         if norm is None:
@@ -80,11 +83,10 @@ def start_linear(dense: FeedForward, layer: MultiHeadMoE, inputs_ND: Tensor) -> 
     Returns:
         Whether that can be expressed; if not, the layer is left as it was.
     """
-    experts, (merge, *deeper) = layer.moe.experts, linear_layers(layer.merge) or [None]
-    heads = linear_layers(layer.head)
+    experts, heads, merges = layer.moe.experts, linear_layers(layer.head), linear_layers(layer.merge)
     width, hidden_dim = experts.dim, experts.ffn_dim
     has_room = hidden_dim >= 2 * width or layer.moe.inner_residual
-    if merge is None or deeper or len(heads) > 1 or experts.glu or experts.norm_weight_EF is not None or not has_room:
+    if len(merges) != 1 or len(heads) > 1 or experts.glu or experts.norm_weight_EF is not None or not has_room:
         return False
     with torch.no_grad():
         ones_N1 = inputs_ND.new_ones(inputs_ND.shape[0], 1)
@@ -93,8 +95,8 @@ def start_linear(dense: FeedForward, layer: MultiHeadMoE, inputs_ND: Tensor) -> 
         gram = augmented.T @ augmented
         gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         solution = torch.linalg.solve(gram, augmented.T @ targets)
-        merge.weight.copy_(solution[:-1].T)
-        merge.bias.copy_(solution[-1])
+        merges[0].weight.copy_(solution[:-1].T)
+        merges[0].bias.copy_(solution[-1])
         for head in heads:
             nn.init.eye_(head.weight)
             nn.init.zeros_(head.bias)
@@ -126,7 +128,7 @@ def fit(dense: FeedForward, layer: MultiHeadMoE, inputs_ND: Tensor, *, num_steps
     others = [p for p in layer.parameters() if p not in second and p not in set(layer.moe.router.parameters())]
     # What makes up for small weights is large, and has as far to go.
     scale = 1.0 if layer.moe.router.renormalize else 1 / _expected_weight(layer.moe)
-    groups = [{"params": others}, {"params": list(second), "lr": _FIT_RATE * scale}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": list(second), "lr": _FIT_RATE * scale}]
     optimizer = torch.optim.Adam(groups, lr=_FIT_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
     for _ in range(num_steps):
@@ -177,7 +179,7 @@ def _make_indifferent(layer: MoE) -> None:
         common = nn.functional.normalize(router.embedding_ER.mean(0, keepdim=True), dim=-1)
         router.embedding_ER.copy_(common + step * nn.functional.normalize(router.embedding_ER, dim=-1))
         return
-    weight = router.weight_DE if hasattr(router, "weight_DE") else router.weight_HDE
+    weight = router.weight_HDE if isinstance(router, PerHeadRouter) else router.weight_DE
     # Normalised tokens are as long as the square root of their width.
     weight.mul_(_INDIFFERENCE / (weight.std() * layer.dim**0.5))
 
@@ -186,5 +188,5 @@ def _expected_weight(layer: MoE) -> float:
     """Sum of a token's weights where the router is indifferent."""
     if layer.router.gate == "sigmoid":
         return 0.5 * layer.router.top_k
-    num_choices = layer.experts.num_experts // getattr(layer.router, "num_heads", 1)
-    return layer.router.top_k / num_choices
+    num_pools = layer.router.num_heads if isinstance(layer.router, PerHeadRouter) else 1
+    return layer.router.top_k * num_pools / layer.experts.num_experts
