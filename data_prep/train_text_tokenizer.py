@@ -1,7 +1,8 @@
 """python -m data_prep.train_text_tokenizer data/coco-train data/text --vocab-size 16000 --out data/tokenizer.json
 
 A tokenizer from the texts, captions, questions and sentences of shards, and from the lines of text files. With --clip
-nothing is learnt: the file holds CLIP's vocabulary as it ships with open_clip.
+nothing is learnt: the file holds CLIP's vocabulary as it ships with open_clip; nor with --sentencepiece, which takes
+over a unigram model with the ids of XLM-RoBERTa, such as the beit3.spm of the released BEiT-3 checkpoints.
 
 There is no --workers: the tokenizers library learns on all cores by itself; RAYON_NUM_THREADS=N limits it to N.
 """
@@ -20,6 +21,7 @@ from mhmoe_vl.data.files import check_writable, write_atomically
 from mhmoe_vl.data.prepare.command_line import fraction, positive_int, print_skips
 from mhmoe_vl.data.prepare.corpus import iterate_texts, sample_by_temperature
 from mhmoe_vl.data.prepare.progress import show_progress
+from mhmoe_vl.data.prepare.sentencepiece import sentencepiece_tokenizer
 from mhmoe_vl.data.prepare.text_tokenizer import (
     TOKENIZER_MODELS,
     clip_tokenizer,
@@ -34,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make a tokenizer; see the top of this file."""
     args = _parse(argv)
     with exit_on_user_error():
-        if not args.clip and not args.sources:
-            raise ConfigError("no texts to learn from: name folders of shards or text files, or take --clip")
+        if not args.clip and not args.sentencepiece and not args.sources:
+            raise ConfigError(
+                "no texts to learn from: name folders of shards or text files, or take --clip or --sentencepiece"
+            )
         if args.out.exists() and not args.overwrite:
             raise OutputError(f"{args.out}: exists; add --overwrite, or choose another --out")
         check_writable(args.out)
         skipped: list[Skip] = []
-        tokenizer = clip_tokenizer() if args.clip else _train(args)
+        tokenizer = _make(args)
         statistics = (
             tokenizer_statistics(tokenizer, _counted(iterate_texts(args.sources, skipped), "measuring"))
             if args.sources
@@ -56,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if skipped:
             print_skips(Console(), skipped, title=f"skipped {len(skipped)} lines")
     return 0
+
+
+def _make(args: argparse.Namespace) -> Tokenizer:
+    if args.clip:
+        return clip_tokenizer()
+    if args.sentencepiece:
+        return sentencepiece_tokenizer(args.sentencepiece)
+    return _train(args)
 
 
 def _train(args: argparse.Namespace) -> Tokenizer:
@@ -85,7 +97,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "training; XLM takes 0.5 (default 1: as they are)",
     )
     parser.add_argument("--lowercase", action="store_true", help="make no difference between upper and lower case")
-    parser.add_argument("--clip", action="store_true", help="write CLIP's vocabulary; sources are only measured")
+    ready = parser.add_mutually_exclusive_group()
+    ready.add_argument("--clip", action="store_true", help="write CLIP's vocabulary; sources are only measured")
+    ready.add_argument(
+        "--sentencepiece", type=Path, metavar="FILE", help="take over a unigram model; sources are only measured"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     return parser.parse_args(argv)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,17 +49,30 @@ def export_weights(path: Path, module: nn.Module, *, world: World) -> None:
                 tied.update(dict.fromkeys(aliases, name))
     with fail_together(OutputError, f"{path}: cannot write weights"):
         if world.is_main:
-            partial = path.with_name(f"{path.name}.tmp")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Safetensors makes a file that only its owner may read; an ordinary one tells what the umask allows.
-            partial.unlink(missing_ok=True)
-            partial.touch()
-            mode = partial.stat().st_mode
-            save_file(weights, partial, metadata={"format": "pt", _TIED: json.dumps(tied)})
-            partial.chmod(mode)
-            flush(partial)
-            partial.replace(path)
-            flush(path.parent)
+            write_weights(path, weights, tied)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], tied: Mapping[str, str] | None = None) -> None:
+    """Write what :func:`load_weights` reads. Not collective.
+
+    Args:
+        weights: on the CPU, contiguous, and without memory in common.
+        tied: other names of some of them.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written; an older file of that name is then untouched.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Safetensors makes a file that only its owner may read; an ordinary one tells what the umask allows.
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(dict(weights), partial, metadata={"format": "pt", _TIED: json.dumps(dict(tied or {}))})
+    partial.chmod(mode)
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
 
 
 @contextmanager

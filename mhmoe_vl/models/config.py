@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mhmoe_vl.config import Config
 from mhmoe_vl.moe import FfnShape, match_ffn
 from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS, default_router
+from mhmoe_vl.moe.experts import WHOLE_LAYER_BACKENDS
 
 Positive = Annotated[int, Field(gt=0)]
 Modality = Literal["vision", "text"]
@@ -29,6 +30,8 @@ class MoEConfig(Config):
         router: ``linear`` or ``cosine``; None is what the kind means.
         num_experts_multiple: derived numbers of experts are rounded to a multiple of this, so that expert-parallel
             degrees divide them. A property of the model, which is the same on any number of processes.
+        sub_ln: experts normalise their hidden activation, as dense layers do under ``model.sub_ln`` and as those of the
+            first paper do, by its counts of parameters. The fast engine for CPUs cannot.
         backend: what computes the experts: ``auto``, or one of docs/moe.md; results are the same.
         balance_weight, z_weight: weights of the auxiliary losses.
         selection_bias_rate: rate of loss-free balancing; 0 turns it off.
@@ -49,6 +52,7 @@ class MoEConfig(Config):
     renormalize: bool = False
     inner_residual: bool = False
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    sub_ln: bool = False
     backend: Literal["auto", "loop", "segments", "grouped_mm", "fused"] = "auto"
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     z_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -62,6 +66,8 @@ class ModelConfig(Config):
         ffn: kind of the sparse blocks' feed-forward layer, the one word that a comparison changes.
         shared_attention: one set of attention weights for both modalities (the paper) or one each (the release).
         vl_ffn_layers: top blocks with a third, joint feed-forward for image-text pairs (paper: 3; release: 0).
+        final_norm: normalise what the last block gives. The release leaves that to the heads of visual question
+            answering and image classification, which begin with a norm of their own.
         tie_embeddings: the MLM or LM head shares the token embedding (the release has its own).
         positions: of text: ``learned``, a table that is added to the tokens, or ``rotary`` (arXiv 2104.09864), which
             turns queries and keys and has no parameters. Rotary needs an encoder of text alone.
@@ -83,6 +89,7 @@ class ModelConfig(Config):
     sub_ln: bool = True
     shared_attention: bool = False
     vl_ffn_layers: Annotated[int, Field(ge=0)] = 0
+    final_norm: bool = True
     tie_embeddings: bool = False
     positions: Literal["learned", "rotary"] = "learned"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -114,6 +121,8 @@ class ModelConfig(Config):
                     f"positions: 'rotary' turns pairs of values, and a head of dim={self.dim} / num_heads="
                     f"{self.num_heads} has {self.dim // self.num_heads}; choose num_heads so that it is even"
                 )
+        if self.moe.sub_ln and self.moe.backend in WHOLE_LAYER_BACKENDS:
+            raise ValueError(f"moe.backend: '{self.moe.backend}' has no norm for moe.sub_ln=true; use moe.backend=auto")
         if self.ffn == "mhmoe_head_parallel" and self.router != "linear":
             raise ValueError(f"moe.router: '{self.router}' has no form per head; ffn={self.ffn} needs 'linear'")
         if self.ffn != "dense":
@@ -155,6 +164,7 @@ class ModelConfig(Config):
             self.glu,
             num_experts_multiple=self.moe.num_experts_multiple,
             num_projections=self.moe.num_head_layers + self.moe.num_merge_layers,
+            sub_ln=self.moe.sub_ln,
         )
 
     @property

@@ -49,14 +49,14 @@ def encoder_cost(config: ModelConfig, *, num_text_tokens: int, is_pair: bool = T
         # Norms before the feed-forward are one per modality.
         params += num_attentions * attention_params + num_pools * ffn.num_params + num_branches * 2 * dim
         active += attention_params + ffn.num_active_params + 2 * dim
-    final_norms = num_branches * 2 * dim
+    final_norm = 2 * dim if config.final_norm else 0
     image_table = (3 * config.patch_size**2 + 1) * dim + (3 + config.num_patches) * dim if num_image else 0
     num_positions = config.max_text_length if config.positions == "learned" else 0
     text_table = (config.vocab_size + num_positions) * dim if "text" in config.modalities else 0
     assignments = 0 if config.ffn == "dense" else config.ffn_shape.num_heads * config.ffn_shape.top_k
     return EncoderCost(
-        num_params=params + final_norms + image_table + text_table,
-        num_active_params=active + 2 * dim + max(image_table, text_table),
+        num_params=params + num_branches * final_norm + image_table + text_table,
+        num_active_params=active + final_norm + max(image_table, text_table),
         flops_per_token=flops // sum(sequences),
         num_assignments_per_token=assignments,
         num_image_tokens=num_image,
@@ -85,5 +85,6 @@ def block_ffn_cost(config: ModelConfig, *, sparse: bool) -> FfnCost:
         shape.num_heads,
         router=config.router,
         glu=config.glu,
+        sub_ln=config.moe.sub_ln,
         num_projections=config.moe.num_head_layers + config.moe.num_merge_layers,
     )

@@ -94,7 +94,9 @@ class MultiwayEncoder(nn.Module):
                 learned_positions=config.positions == "learned",
             )
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.depth))  # type: ignore[assignment]
-        self.norm = Multiway(lambda: nn.LayerNorm(config.dim), config.modalities)
+        self.norm = Multiway(
+            lambda: nn.LayerNorm(config.dim) if config.final_norm else nn.Identity(), config.modalities
+        )
         self.reset_parameters(key)
 
     def reset_parameters(self, key: int | None = None) -> None:

@@ -75,6 +75,7 @@ def build_feed_forward(config: ModelConfig, *, sparse: bool) -> nn.Module:
         "inner_residual": moe.inner_residual,
         "capacity_factor": moe.capacity_factor,
         "glu": config.glu,
+        "sub_ln": moe.sub_ln,
         "backend": moe.backend,
     }
     if config.ffn in MULTI_HEAD_KINDS:

@@ -49,10 +49,15 @@ class VqaHead(nn.Module):
 
 
 class Nlvr2Head(nn.Module):
-    """Class token and first text token of both passes, ``4 D`` wide, to false / true (BEiT-3)."""
+    """Class token and first text token of both passes, ``4 D`` wide, to false / true (BEiT-3).
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        input_norm: normalise these ``4 D`` values first, as the released checkpoints do.
+    """
+
+    def __init__(self, dim: int, *, input_norm: bool = False) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(4 * dim) if input_norm else nn.Identity()
         output = nn.Linear(2 * dim, 2)
         self.classifier = nn.Sequential(nn.Linear(4 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), output)
         _initialize(self, dim)
@@ -62,7 +67,7 @@ class Nlvr2Head(nn.Module):
 
     def forward(self, left_B2D: Tensor, right_B2D: Tensor) -> Tensor:
         """Logits ``[B, 2]`` from ``[B, 2, D]`` (class token, first text token) of each pass."""
-        return self.classifier(torch.cat([left_B2D.flatten(1), right_B2D.flatten(1)], dim=-1))
+        return self.classifier(self.norm(torch.cat([left_B2D.flatten(1), right_B2D.flatten(1)], dim=-1)))
 
 
 class EmbeddingHead(nn.Module):

@@ -59,7 +59,7 @@ def ffn_cost(
     Args:
         num_experts: of all heads together.
         router: ``linear`` or ``cosine``; by default what the kind means (cosine for ``xmoe``).
-        sub_ln: the dense layer normalises its hidden activation.
+        sub_ln: the dense layer, or every expert, normalises its hidden activation.
         num_projections: linear layers of width d around the experts of multi-head kinds, head and merge together.
 
     Raises:
@@ -75,6 +75,7 @@ def ffn_cost(
         return FfnCost(num_params, num_params, 2 * num_matrices * dim * ffn_dim, 0)
     width = dim // num_heads
     expert_params = num_matrices * width * ffn_dim + ((num_matrices - 1) * ffn_dim + width if bias else 0)
+    expert_params += 2 * ffn_dim if sub_ln else 0
     if kind == "mhmoe_head_parallel":
         # A sub-token meets the router of its own head alone.
         router_params, router_flops = width * num_experts, 2 * width * num_experts // num_heads

@@ -36,6 +36,8 @@ class Experts(nn.Module):
 
     Args:
         glu: gated experts with three matrices instead of two.
+        sub_ln: normalise the hidden activation before ``W2``, as :class:`~mhmoe_vl.moe.FeedForward` does (Magneto,
+            arXiv 2210.06423). ``segments`` and ``fused`` cannot.
         backend: ``loop`` (one matmul per expert, plain autograd; the oracle), ``segments`` (the CPU engine of
             :mod:`~mhmoe_vl.moe.segments`), ``grouped_mm`` (torch's grouped matmul), ``fused`` (the Triton kernels of
             :mod:`~mhmoe_vl.moe.fused`), or ``auto``, which :meth:`explain` explains.
@@ -49,6 +51,7 @@ class Experts(nn.Module):
         *,
         glu: bool = False,
         bias: bool = True,
+        sub_ln: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -56,6 +59,8 @@ class Experts(nn.Module):
             raise ValueError(f"num_experts={num_experts}, dim={dim} and ffn_dim={ffn_dim} must all be positive")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        if sub_ln and backend in WHOLE_LAYER_BACKENDS:
+            raise ValueError(f"backend={backend!r} has no norm for sub_ln=True; use 'auto', 'loop' or 'grouped_mm'")
         self.num_experts, self.dim, self.ffn_dim = num_experts, dim, ffn_dim
         self.glu, self.backend = glu, backend
         # The gate and up projections of GLU experts share one matrix: one matmul instead of two.
@@ -64,6 +69,8 @@ class Experts(nn.Module):
         self.w2_EFD = nn.Parameter(torch.empty(num_experts, ffn_dim, dim))
         self.b1_EF = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
         self.b2_ED = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.norm_weight_EF = nn.Parameter(torch.empty(num_experts, ffn_dim)) if sub_ln else None
+        self.norm_bias_EF = nn.Parameter(torch.empty(num_experts, ffn_dim)) if sub_ln else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -71,9 +78,11 @@ class Experts(nn.Module):
         for weight, fan_out in ((self.w1_EDF, self.ffn_dim), (self.w2_EFD, self.dim)):
             bound = math.sqrt(6.0 / (weight.shape[1] + fan_out))
             nn.init.uniform_(weight, -bound, bound)
-        for bias in (self.b1_EF, self.b2_ED):
+        for bias in (self.b1_EF, self.b2_ED, self.norm_bias_EF):
             if bias is not None:
                 nn.init.zeros_(bias)
+        if self.norm_weight_EF is not None:
+            nn.init.ones_(self.norm_weight_EF)
 
     def forward(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
         """Outputs in the order of ``rows_AD``; rows behind the last expert's segment give zeros.
@@ -119,11 +128,21 @@ class Experts(nn.Module):
         b2_ED = None if self.b2_ED is None else local_part(self.b2_ED).to(dtype)
         return local_part(self.w1_EDF).to(dtype), b1_EF, local_part(self.w2_EFD).to(dtype), b2_ED
 
+    def _norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Weights and biases of the norms of the experts that are on this rank; None without norms."""
+        if self.norm_weight_EF is None or self.norm_bias_EF is None:
+            return None
+        return local_part(self.norm_weight_EF).to(dtype), local_part(self.norm_bias_EF).to(dtype)
+
     def explain(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BackendChoice:
         """The backend that rows on ``device`` of ``dtype`` take, and why."""
         device = torch.device(device)
         if self.backend != "auto":
             return BackendChoice(self.backend, "asked for")
+        if self.norm_weight_EF is not None and device.type in ("cpu", "meta"):
+            if device.type == "cpu":
+                return BackendChoice("loop", "on a CPU, only plain matmuls leave room for the norms of sub_ln")
+            return BackendChoice("grouped_mm", "without memory, counts cannot be read, and segments have no norms")
         if device.type == "cpu":
             return BackendChoice("segments", f"on a CPU, hidden activations stay in cache and are kept once; {STATE}")
         if device.type == "meta":
@@ -149,6 +168,8 @@ class Experts(nn.Module):
         counts = counts_E.tolist()
         w1_EDF, b1_EF, w2_EFD, b2_ED = self._weights(rows_AD.dtype)
         w1, w2 = w1_EDF.unbind(0), w2_EFD.unbind(0)
+        norms = self._norms(rows_AD.dtype)
+        norm = None if norms is None else [weights.unbind(0) for weights in norms]
         b1 = [None] * len(counts) if b1_EF is None else b1_EF.unbind(0)
         b2 = [None] * len(counts) if b2_ED is None else b2_ED.unbind(0)
         tail = rows_AD.shape[0] - sum(counts)
@@ -157,6 +178,8 @@ class Experts(nn.Module):
         # Experts without rows run too: their gradients are then zeros instead of None, on every rank alike.
         for e in range(len(counts)):
             hidden = self._activate(_linear(segments[e], w1[e], b1[e]))
+            if norm is not None:
+                hidden = F.layer_norm(hidden, hidden.shape[-1:], norm[0][e], norm[1][e]).to(hidden.dtype)
             outputs.append(_linear(hidden, w2[e], b2[e]))
         return torch.cat([*outputs, torch.zeros_like(segments[-1])])
 
@@ -183,6 +206,11 @@ class Experts(nn.Module):
         if b1_EF is not None:
             hidden_AF = hidden_AF + F.pad(b1_EF, (0, 0, 0, 1)).index_select(0, expert_A)
         hidden_AF = self._activate(hidden_AF)
+        norms = self._norms(dtype)
+        if norms is not None:
+            weight_AF, bias_AF = (F.pad(table, (0, 0, 0, 1)).index_select(0, expert_A) for table in norms)
+            normed_AF = F.layer_norm(hidden_AF, hidden_AF.shape[-1:]).to(dtype)
+            hidden_AF = torch.addcmul(bias_AF, normed_AF, weight_AF)
         y_AD = _row_major_grad(F.grouped_mm(hidden_AF, w2_EFD, offs=ends_E))
         if b2_ED is not None:
             y_AD = y_AD + F.pad(b2_ED, (0, 0, 0, 1)).index_select(0, expert_A)
@@ -191,7 +219,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, ffn_dim={self.ffn_dim}, glu={self.glu}, "
-            f"bias={self.b1_EF is not None}, backend={self.backend}"
+            f"bias={self.b1_EF is not None}, sub_ln={self.norm_weight_EF is not None}, backend={self.backend}"
         )
 
 

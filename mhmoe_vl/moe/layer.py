@@ -32,6 +32,7 @@ class MoE(nn.Module):
             and arXiv 2411.16205 do not).
         capacity_factor: None serves every choice; a number drops what exceeds each expert's capacity.
         glu: SwiGLU experts with three matrices.
+        sub_ln: experts normalise their hidden activation.
         backend: see :class:`~mhmoe_vl.moe.experts.Experts`.
     """
 
@@ -49,6 +50,7 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         glu: bool = False,
         bias: bool = True,
+        sub_ln: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class MoE(nn.Module):
             make_router = LinearRouter if router == "linear" else CosineRouter
             router = make_router(dim, num_experts, top_k, gate=gate, renormalize=renormalize)
         self.router = router
-        self.experts = Experts(num_experts, dim, ffn_dim, glu=glu, bias=bias, backend=backend)
+        self.experts = Experts(num_experts, dim, ffn_dim, glu=glu, bias=bias, sub_ln=sub_ln, backend=backend)
         self.dispatcher: Dispatcher = (
             DroplessDispatcher() if capacity_factor is None else CapacityDispatcher(capacity_factor)
         )
@@ -143,6 +145,7 @@ class MultiHeadMoE(nn.Module):
         capacity_factor: float | None = None,
         glu: bool = False,
         bias: bool = True,
+        sub_ln: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -172,6 +175,7 @@ class MultiHeadMoE(nn.Module):
             capacity_factor=capacity_factor,
             glu=glu,
             bias=bias,
+            sub_ln=sub_ln,
             backend=backend,
         )
         self.merge = _projection(dim, num_merge_layers)

@@ -75,6 +75,7 @@ def match_ffn(
     *,
     num_experts_multiple: int = 1,
     num_projections: int = 2,
+    sub_ln: bool = False,
 ) -> FfnShape:
     """Sizes of a layer of ``kind`` that costs what the reference SMoE layer costs.
 
@@ -90,8 +91,8 @@ def match_ffn(
             expert FLOPs; ``none`` takes the reference sizes as they are.
         glu: experts with three matrices.
         num_experts_multiple: round the number of experts to a multiple of this (the expert-parallel degree).
-
         num_projections: linear layers in head and merge layers together.
+        sub_ln: experts normalise their hidden activation.
 
     A dense layer can match FLOPs only; it gets the width of the reference's active experts, k0 f0.
 
@@ -113,7 +114,7 @@ def match_ffn(
         )
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be positive")
-    reference = ffn_cost("smoe", dim, reference_ffn_dim, reference_num_experts, reference_top_k, glu=glu)
+    reference = ffn_cost("smoe", dim, reference_ffn_dim, reference_num_experts, reference_top_k, glu=glu, sub_ln=sub_ln)
 
     def shape(ffn_dim: int, num_experts: int, top_k: int, num_heads: int = 1) -> FfnShape:
         num_pools = num_heads if kind == "mhmoe_head_parallel" else 1
@@ -124,7 +125,9 @@ def match_ffn(
         if top_k > num_experts // num_pools:
             of_what = "num_experts" if num_pools == 1 else "the experts of a head"
             raise ValueError(f"top_k={top_k} must be at most {of_what}={num_experts // num_pools}")
-        cost = ffn_cost(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu, num_projections=num_projections)
+        cost = ffn_cost(
+            kind, dim, ffn_dim, num_experts, top_k, num_heads, glu=glu, num_projections=num_projections, sub_ln=sub_ln
+        )
         return FfnShape(kind, dim, ffn_dim, num_experts, top_k, num_heads, glu, cost, reference)
 
     if kind == "dense":

@@ -21,10 +21,12 @@ class Nlvr2Config(Config):
     """Judge statements about pairs of images.
 
     Attributes:
+        input_norm: the head begins with a norm, as that of the released BEiT-3 checkpoints.
         blind: train and judge without the images.
     """
 
     kind: Literal["nlvr2"] = "nlvr2"
+    input_norm: bool = False
     blind: bool = False
 
 
@@ -34,7 +36,7 @@ class Nlvr2Task(Task):
     def __init__(self, model: ModelConfig, config: Nlvr2Config) -> None:
         super().__init__(model)
         self.task_config = config
-        self.nlvr2_head = Nlvr2Head(model.dim)
+        self.nlvr2_head = Nlvr2Head(model.dim, input_norm=config.input_norm)
 
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         labels = [batch.label for batches in micro_batches for batch in batches.values()]

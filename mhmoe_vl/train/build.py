@@ -29,6 +29,7 @@ from mhmoe_vl.data.stream import StreamSource
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
+from mhmoe_vl.models.config import MODALITIES, ModelConfig
 from mhmoe_vl.models.embeddings import resize_positions
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import Task
@@ -220,7 +221,8 @@ def _build_samples(
 def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:
     """Those weights of the run in ``directory`` that ``task`` can start from: its encoder, and heads of the same shape.
 
-    Position tables of another image size are resized by the encoder's own rule.
+    Position tables of another image size are resized by the encoder's own rule. A final norm, and a modality, that
+    ``task`` does without are left out.
 
     Args:
         task: may be on the meta device.
@@ -230,6 +232,7 @@ def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:
         ConfigError: the encoders do not have the same architecture, naming the first differences.
     """
     weights = load_weights(Path(directory) / run_directory.WEIGHTS)
+    weights = {name: tensor for name, tensor in weights.items() if not _is_left_out(name, task.config)}
     own = task.state_dict()
     weights = {name: _resized(name, tensor, own) for name, tensor in weights.items()}
     problems = [
@@ -256,6 +259,18 @@ def transfer_weights(task: Task, directory: str) -> None:
     task.load_state_dict(fitting, strict=False)
     fresh = sorted({name.split(".")[0] for name in own if name not in fitting})
     logger.info("%d of %d tensors from %s; fresh: %s", len(fitting), len(own), directory, ", ".join(fresh) or "none")
+
+
+def _is_left_out(name: str, model: ModelConfig) -> bool:
+    """Whether the weight is of a part of the encoder that ``model`` has chosen not to have."""
+    parts = name.split(".")
+    if parts[0] != "encoder":
+        return False
+    if parts[1] == "norm" and not model.final_norm:
+        # The task's head begins with a norm of its own, which takes the place of this one.
+        return True
+    absent = [modality for modality in MODALITIES if modality not in model.modalities]
+    return any(part in (modality, f"{modality}_embedding") for modality in absent for part in parts)
 
 
 def _resized(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:

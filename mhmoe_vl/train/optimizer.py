@@ -91,7 +91,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, ma
     return CosineLRScheduler(optimizer, **arguments)
 
 
-_TABLES = (".positions", ".class_token", ".mask_token", ".b1_EF", ".b2_ED")
+_TABLES = (".positions", ".class_token", ".mask_token", ".b1_EF", ".b2_ED", ".norm_weight_EF", ".norm_bias_EF")
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -73,6 +73,7 @@ CASES: dict[str, Case] = {
     "heads, only the last rank has tokens": Case([0, 0, 0, 9], 4, PER_HEAD | {"top_k": 2}),
     "heads, no tokens at all": Case([0, 0, 0, 0], 4, PER_HEAD, valid=0.5),
     "heads, nothing but padding": Case([5, 2, 7, 1], 4, PER_HEAD, valid=0.0),
+    "norms inside experts": Case([5, 2, 7, 1], options={"sub_ln": True, "top_k": 2}, valid=0.7),
     "loop": Case([5, 2, 7, 1], options={"backend": "loop", "top_k": 2}, valid=0.7),
     "loop, ranks that receive nothing": Case([5, 2, 7, 1], options={"backend": "loop"}, favoured=0),
 }

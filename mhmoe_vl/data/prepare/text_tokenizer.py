@@ -113,12 +113,14 @@ def tokenizer_statistics(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenize
     """
     # A text that spells out <unk>, as WikiText does, is known.
     tokenizer.encode_special_tokens = True
+    # By id: a unigram model calls what it does not know by its own characters.
+    unknown = tokenizer.token_to_id(UNKNOWN)
     num_texts = num_tokens = num_unknown = 0
     for text in texts:
-        tokens = tokenizer.encode(text, add_special_tokens=False).tokens
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         num_texts += 1
-        num_tokens += len(tokens)
-        num_unknown += tokens.count(UNKNOWN)
+        num_tokens += len(ids)
+        num_unknown += 0 if unknown is None else ids.count(unknown)
     if not num_texts:
         raise DataError("no texts to train a tokenizer on: give folders of shards or text files that are not empty")
     return TokenizerStatistics(

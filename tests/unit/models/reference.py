@@ -43,7 +43,8 @@ class Reference:
         is_pair = image is not None and text_ids is not None
         for layer in range(self.config.depth):
             tokens = self._block(f"blocks.{layer}", layer, tokens, allowed, is_pair)
-        tokens = [(m, self._norm(f"norm.{m}", x)) for m, x in tokens]
+        if self.config.final_norm:
+            tokens = [(m, self._norm(f"norm.{m}", x)) for m, x in tokens]
         empty = torch.empty(0, self.config.dim, dtype=torch.float64)
         by_modality = {m: [x for which, x in tokens if which == m] for m in ("vision", "text")}
         vision, text = (torch.stack(rows) if rows else empty for rows in by_modality.values())

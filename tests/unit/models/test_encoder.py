@@ -29,7 +29,15 @@ def captioning(query: int, key: int) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"shared_attention": True}, {"vl_ffn_layers": 1}, {"sub_ln": False}, {"num_heads": 1}, {"depth": 3}],
+    [
+        {},
+        {"shared_attention": True},
+        {"vl_ffn_layers": 1},
+        {"sub_ln": False},
+        {"final_norm": False},
+        {"num_heads": 1},
+        {"depth": 3},
+    ],
     ids=str,
 )
 def test_pairs_equal_the_reference(options: dict[str, Any]) -> None:

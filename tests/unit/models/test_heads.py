@@ -56,6 +56,18 @@ def test_the_nlvr2_head_tells_left_from_right_and_class_from_text() -> None:
     assert not torch.isclose(head(right, left), expected).all()
 
 
+def test_the_nlvr2_head_may_normalise_its_input() -> None:
+    plain, normed = Nlvr2Head(16).double(), Nlvr2Head(16, input_norm=True).double()
+    randomize(normed)
+    plain.load_state_dict(
+        {name: tensor for name, tensor in normed.state_dict().items() if not name.startswith("norm.")}
+    )
+    left, right = hidden(2, 3, 2, 16)
+    x = F.layer_norm(torch.cat([left.flatten(1), right.flatten(1)], dim=1), (64,), normed.norm.weight, normed.norm.bias)
+    assert_close(normed(left, right), plain.classifier(x))
+    assert not torch.isclose(normed(left, right), plain(left, right)).any()
+
+
 def test_the_nlvr2_head_starts_near_zero() -> None:
     torch.manual_seed(0)
     assert Nlvr2Head(64)(torch.randn(9, 2, 64), torch.randn(9, 2, 64)).abs().max() < 0.01

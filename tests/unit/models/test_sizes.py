@@ -86,6 +86,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"shared_attention": True, "glu": True},
     {"modalities": ("text",)},
     {"modalities": ("vision",)},
+    {"final_norm": False},
 ]
 
 
@@ -124,6 +125,14 @@ def test_image_and_text_may_be_sequences_of_their_own(ffn: str) -> None:
     # Of an image alone, 17 tokens.
     assert encoder_cost(config, num_text_tokens=0).num_text_tokens == 0
     assert encoder_cost(config, num_text_tokens=0).num_params == cost.num_params
+
+
+@pytest.mark.parametrize("ffn", ["smoe", "mhmoe"])
+def test_norms_inside_experts_count(ffn: str) -> None:
+    config = make_config(ffn, moe={"sub_ln": True})
+    assert encoder_cost(config, num_text_tokens=6).num_params == num_params(MultiwayEncoder(config))
+    with pytest.raises(ValueError, match=r"moe.backend: 'segments' has no norm for moe.sub_ln"):
+        make_config(ffn, moe={"sub_ln": True, "backend": "segments"})
 
 
 @pytest.mark.parametrize(("ffn", "rows"), [("dense", 0), ("smoe", 2), ("xmoe", 2), ("fine_grained", 2), ("mhmoe", 8)])

@@ -28,7 +28,7 @@ def build(num_heads: int | None = None, *, dtype: torch.dtype = torch.float64, s
 
 def reference_for(layer: Layer, num_heads: int | None = None, **options: Any) -> Reference:
     """The reference with copies of the layer's parameters, which collect gradients of their own."""
-    unknown_to_reference = ("dim", "ffn_dim", "bias", "backend", "capacity_factor")
+    unknown_to_reference = ("dim", "ffn_dim", "bias", "backend", "capacity_factor", "sub_ln")
     options = {name: value for name, value in options.items() if name not in unknown_to_reference}
     params = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     return Reference(params, num_heads=num_heads, **({"num_experts": 4, "top_k": 1} | options))

@@ -99,6 +99,10 @@ class Reference:
             hidden = gate / (1 + torch.exp(-gate)) * up
         else:
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        norm_weight, norm_bias = self._moe("experts.norm_weight_EF"), self._moe("experts.norm_bias_EF")
+        if norm_weight is not None:
+            centred = hidden - hidden.mean()
+            hidden = centred / torch.sqrt(centred.square().mean() + 1e-5) * norm_weight[e] + norm_bias[e]
         out = hidden @ w2
         return out if b2 is None else out + b2[e]
 

@@ -51,7 +51,12 @@ def run(layer: Layer, x: Tensor, valid: Tensor | None, *, expanded_grad: bool) -
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", FAST)
 def test_equals_loop(backend: str, case: str, batch: str, expanded_grad: bool) -> None:
-    num_heads, options = CASES[case]
+    assert_equals_loop(backend, *CASES[case], batch, expanded_grad=expanded_grad)
+
+
+def assert_equals_loop(
+    backend: str, num_heads: int | None, options: dict[str, Any], batch: str, *, expanded_grad: bool = False
+) -> None:
     loop, fast = twins(backend, num_heads, **options)
     x = random(2, 1 if batch == "one_token" else 9, 32, seed=1, dtype=torch.float32)
     valid = torch.arange(18).view(2, 9) % 3 != 1 if batch == "padded" else None
@@ -63,6 +68,21 @@ def test_equals_loop(backend: str, case: str, batch: str, expanded_grad: bool) -
     for name, value in expected.items():
         scale = max(1.0, float(value.abs().max()))
         torch.testing.assert_close(actual[name] / scale, value / scale, rtol=0, atol=1e-5, msg=lambda t, n=name: n + t)
+
+
+@pytest.mark.parametrize("batch", ["full", "padded", "idle_expert", "one_token"])
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"glu": True, "bias": False}, {"capacity_factor": 0.5}], ids=str)
+def test_norms_inside_grouped_experts_equal_the_loop(options: dict[str, Any], batch: str) -> None:
+    assert_equals_loop("grouped_mm", 2, options | {"sub_ln": True}, batch)
+
+
+@pytest.mark.parametrize("backend", ["segments", "fused"])
+def test_whole_layer_backends_have_no_norms(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend='{backend}' has no norm for sub_ln"):
+        Experts(3, 8, 16, sub_ln=True, backend=backend)
+    experts = Experts(3, 8, 16, sub_ln=True)
+    assert [experts.explain(device).backend for device in ("cpu", "meta")] == ["loop", "grouped_mm"]
+    assert experts.explain("cuda", torch.bfloat16).backend == "grouped_mm"
 
 
 @pytest.mark.parametrize("backend", ["loop", *FAST])

@@ -47,6 +47,24 @@ def test_sparse_cost_equals_the_built_module(kind: str, router: str | None, glu:
         assert routing.experts_NK.numel() == 15 * cost.num_assignments_per_token
 
 
+@pytest.mark.parametrize(("glu", "kind"), list(product([False, True], ["smoe", "mhmoe"])))
+def test_norms_of_experts_are_parameters_and_no_flops(glu: bool, kind: str) -> None:
+    num_heads = 4 if kind == "mhmoe" else 1
+    plain, cost = (ffn_cost(kind, 16, 24, 9, 2, num_heads, glu=glu, sub_ln=sub_ln) for sub_ln in (False, True))
+    options = {"glu": glu, "sub_ln": True}
+    layer = MoE(16, 24, 9, 2, **options) if kind == "smoe" else MultiHeadMoE(16, 24, 9, 4, 2, **options)
+    assert cost.num_params == plain.num_params + 9 * 2 * 24 == sum(p.numel() for p in layer.parameters())
+    assert cost.num_active_params == plain.num_active_params + min(9, 2 * num_heads) * 2 * 24
+    assert cost.flops_per_token == plain.flops_per_token
+
+
+def test_experts_of_the_first_paper_have_norms() -> None:
+    """Table 11 of arXiv 2404.15045: 8 experts in 6 layers have 227M parameters."""
+    experts = ffn_cost("smoe", 768, 3072, 8, sub_ln=True).num_params - 768 * 8
+    assert experts == 8 * 4_728_576
+    assert round(6 * experts / 1e6) == 227
+
+
 @pytest.mark.parametrize(("glu", "bias", "sub_ln"), list(product([False, True], repeat=3)))
 def test_dense_cost_equals_the_built_module(glu: bool, bias: bool, sub_ln: bool) -> None:
     cost = ffn_cost("dense", 16, 24, glu=glu, bias=bias, sub_ln=sub_ln)

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inner_residual": {"top_k": 2, "inner_residual": True},
     "glu": {"top_k": 2, "glu": True},
     "no_bias": {"bias": False},
+    "sub_ln": {"top_k": 2, "sub_ln": True},
+    "glu_sub_ln": {"glu": True, "sub_ln": True},
     "glu_no_bias_renormalize": {"top_k": 2, "glu": True, "bias": False, "renormalize": True},
 }
 

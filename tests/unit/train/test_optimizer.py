@@ -16,7 +16,7 @@ SIZES = {"dim": 16, "depth": 4, "num_heads": 2, "ffn_dim": 32, "image_size": 32,
 
 
 def task_of(ffn: str) -> Nlvr2Task:
-    moe = {"num_experts": 4, "num_heads": 2, "match": "none"}
+    moe = {"num_experts": 4, "num_heads": 2, "match": "none", "sub_ln": ffn == "xmoe"}
     return Nlvr2Task(ModelConfig(**SIZES, ffn=ffn, moe=moe, vl_ffn_layers=1), Nlvr2Config())  # type: ignore[arg-type]
 
 
@@ -44,6 +44,7 @@ def test_matrices_alone_are_decayed(ffn: str) -> None:
     assert kinds >= {"bias", "weight", "positions", "class_token", "mask_token"}
     if ffn in ("smoe", "mhmoe"):
         assert kinds >= {"b1_EF", "b2_ED"}
+    assert ("norm_weight_EF" in kinds) == (ffn == "xmoe")
 
 
 def test_every_parameter_is_in_one_group() -> None:
