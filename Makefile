@@ -26,7 +26,7 @@ study: install ## the main comparison, on public data: make study PUBLIC=folder 
 	OMP_NUM_THREADS=1 $(BIN)/python -m mhmoe_vl.study --config configs/study/main.yaml --workers 2 --document docs/RESULTS.md
 
 test: install ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install ## lint, types, import direction
 	$(BIN)/ruff check .

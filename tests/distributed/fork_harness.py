@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -51,9 +52,12 @@ def run_ranks(function: Callable[[World], ResultT], world_size: int, *, timeout:
             fork.Process(target=_child, args=(function, rank, world_size, f"{folder}/store", sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
+        # A collection in a child would walk over all that this process holds, and so copy the pages that it is on.
+        gc.freeze()
         for process, (_, sender) in zip(processes, pipes, strict=True):
             process.start()
             sender.close()
+        gc.unfreeze()
         try:
             outcomes = _collect([receiver for receiver, _ in pipes], timeout)
         finally:

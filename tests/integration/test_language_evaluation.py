@@ -23,8 +23,6 @@ from mhmoe_vl.train.trained import load_trained
 from tests.integration.runs import ALONE, language_modeling, pretraining, train
 
 ROOT = Path(__file__).parents[2]
-# The harness takes ten seconds to read its tasks, once per process.
-pytestmark = pytest.mark.xdist_group("lm_eval")
 
 QUESTIONS = [
     {"question": "the red square", "choices": ["is left", "of the circle", "and blue"], "answer": place}

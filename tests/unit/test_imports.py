@@ -10,11 +10,18 @@ ROOT = Path(__file__).parents[2]
 PACKING = [
     f"data_prep.{name}"
     for name in (
-        "make_scenes", "pack_images", "pack_nlvr2", "pack_pairs", "pack_text", "pack_vqa", "train_text_tokenizer",
-        "verify_shards",
+        "make_scenes", "pack_classes", "pack_images", "pack_nlvr2", "pack_pairs", "pack_text", "pack_vqa",
+        "train_text_tokenizer", "verify_shards",
     )
 ]  # fmt: skip
-EVALUATIONS = ["eval.captioning", "eval.nlvr2", "eval.vqa", "mhmoe_vl.report.__main__"]
+EVALUATIONS = [
+    "eval.captioning",
+    "eval.classification",
+    "eval.nlvr2",
+    "eval.retrieval",
+    "eval.vqa",
+    "mhmoe_vl.report.__main__",
+]
 
 
 def imported_by(modules: list[str]) -> set[str]:

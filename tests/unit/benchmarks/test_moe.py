@@ -40,6 +40,7 @@ def test_every_subject_is_timed_or_left_out_with_a_reason(
 
 @pytest.mark.parametrize("skew", [1.0, 3.0])
 def test_skew_gives_one_expert_a_multiple_of_the_mean_load(skew: float) -> None:
+    torch.manual_seed(0)
     layer = MultiHeadMoE(32, 24, 8, 4)
     figures = moe._skew(layer, torch.randn(512, 32), skew)
     assert figures["max_load"] >= 0.9 * skew

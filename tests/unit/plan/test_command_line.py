@@ -106,7 +106,7 @@ def test_checkpointing_is_advised_where_samples_are_single() -> None:
 
 def test_a_real_size_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(
-        capsys, "--config", str(CONFIGS / "pretrain" / "tiny.yaml"), "--device", "h100", "data.batch_size=9600"
+        capsys, "--config", str(CONFIGS / "pretrain" / "tiny.yaml"), "--device", "h100", "data.batch_size=4800"
     )
     assert "h100 has 80.00 GB of which 90% may be planned" in line
     assert "activations" in line
