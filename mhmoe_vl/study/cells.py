@@ -167,6 +167,8 @@ class Plan:
         if arm.num_experts is not None:
             model.append(f"model.moe.num_experts={arm.num_experts}")
         settings = [*study.overrides, *source.overrides, *model, *arm.config.overrides]
+        if cell.fine_tuning is None:
+            settings += arm.config.task_overrides
         try:
             if source.config not in self._files:
                 self._files[source.config] = ConfigFile(RunConfig, source.config)

@@ -26,12 +26,14 @@ class ArmConfig(Config):
             with its own; None leaves what the task's file says.
         seed_offset: added to every seed. A kind under other seeds is a control: it must not differ from itself.
         overrides: ``a.b=c`` settings of this arm's runs, above all others.
+        task_overrides: the same for the runs of tasks alone: what fine-tunings know nothing of, such as targets.
     """
 
     ffn: Kind
     num_experts: tuple[Positive, ...] | Positive | None = None
     seed_offset: int = 0
     overrides: Overrides = ()
+    task_overrides: Overrides = ()
 
 
 class EvaluationConfig(Config):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mhmoe_vl.config import load_config, validate_config
 from mhmoe_vl.errors import ConfigError
@@ -26,7 +27,7 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
 def test_the_studies_that_there_are() -> None:
     assert {f"{name}.yaml" for name in (
         "main", "heads", "head_merge_layers", "no_split", "experts", "experts_wide", "top_k", "inner_residual",
-        "router", "pools", "balancing", "controls", "smoke",
+        "router", "pools", "balancing", "controls", "smoke", "targets",
     )} == set(STUDIES)  # fmt: skip
 
 
@@ -58,6 +59,31 @@ def test_order_of_settings(tmp_path: Path) -> None:
     plan = Plan(validate_config(StudyConfig, tree))
     run = plan.base_run(plan.cells[0])
     assert (run.model.dim, run.model.depth, run.data.text_length, run.model.moe.match) == (64, 8, 8, "flops")
+
+
+def test_settings_of_task_runs_alone(tmp_path: Path) -> None:
+    """A fine-tuning knows nothing of masked modeling's weights."""
+    tree = study_tree(tmp_path)
+    run = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "vqa.yaml").write_text(
+        yaml.safe_dump(
+            run
+            | {
+                "task": {"kind": "vqa", "answers": "unused"},
+                "data": run["data"] | {"train": {"vqa": {"kind": "vqa", "shards": "unused"}}},
+            }
+        )
+    )
+    tree["tasks"]["masked"]["fine_tunings"] = {"vqa": {"config": str(tmp_path / "vqa.yaml")}}
+    tree["arms"]["mhmoe"] = {"ffn": "mhmoe", "overrides": ["model.depth=4"], "task_overrides": ["task.mim_weight=0"]}
+    plan = Plan(validate_config(StudyConfig, tree))
+    arm = plan.arms[1]
+    task, fine = (
+        plan.base_run(Cell(kind, "masked", arm, 0, fine_tuning=name))
+        for kind, name in (("train", None), ("fine", "vqa"))
+    )
+    assert (task.task.mim_weight, task.model.depth) == (0, 4)
+    assert (fine.task.kind, fine.model.depth) == ("vqa", 4)
 
 
 @pytest.mark.parametrize(
