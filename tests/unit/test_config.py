@@ -295,7 +295,7 @@ def test_the_quickstart_files_share_one_model() -> None:
     configs = [
         load_config(RunConfig, path) for path in CONFIGS if path.parent.name == "quickstart" and path.stem != "model"
     ]
-    assert {config.task.kind for config in configs} == {"pretrain", "vqa", "nlvr2", "captioning"}
+    assert {config.task.kind for config in configs} == {"pretrain", "vqa", "nlvr2", "captioning", "retrieval"}
     assert len({dump_config(config.model) for config in configs}) == 1
 
 

@@ -137,9 +137,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "TILES", {2: tiles, 4: tiles})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("glu", [False, True], ids=["gelu", "glu"])
+@pytest.mark.parametrize(
+    ("glu", "bias", "dtype"),
+    [
+        *((glu, bias, torch.float32) for glu in (False, True) for bias in (False, True)),
+        *((is_glu, not is_glu, dtype) for is_glu in (False, True) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
 @pytest.mark.parametrize(("dim", "top_k"), [(16, 1), (24, 3), (96, 2)])
 def test_outputs_and_gradients(dim: int, top_k: int, glu: bool, bias: bool, dtype: torch.dtype) -> None:
     """Widths of one part, of a part and a padded part, and of two; 40 hidden columns are no multiple of a block."""
