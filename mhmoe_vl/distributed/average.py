@@ -52,7 +52,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # FSDP2 leaves its root gathered after a forward pass that no backward pass follows: a copy of what changes here.
+        # After a forward pass without a backward pass FSDP2 leaves its root gathered: a copy of what changes here.
         reshard(self._module)
         for average, parameter in self._pairs():
             kept = parameter.clone()

@@ -1,7 +1,7 @@
 """Training checkpoints that resume bit for bit, also with another strategy or world size, or are refused.
 
-``step_0000100/`` holds one safetensors file per rank (its shards of parameters, buffers, averages and AdamW state, written
-and resharded by ``torch.distributed.checkpoint``) and a manifest; nothing in it is a pickle. All functions are
+``step_0000100/`` holds one safetensors file per rank (its shards of parameters, buffers, averages and AdamW state,
+written and resharded by ``torch.distributed.checkpoint``) and a manifest; nothing in it is a pickle. All functions are
 collective, and ``root`` must be on a file system that all ranks share.
 """
 

@@ -85,8 +85,8 @@ def accumulating(module: nn.Module, *, is_last: bool) -> Iterator[None]:
     defer = isinstance(module, DistributedDataParallel) and not is_last
     with module.no_sync() if defer else nullcontext():  # type: ignore[operator]
         yield
-    # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and nothing then
-    # puts away what was gathered: the module would show parameters without gradients.
+    # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and nothing
+    # then puts away what was gathered: the module would show parameters without gradients.
     reshard(module)
 
 

@@ -115,7 +115,8 @@ def memory_of(
 
 
 def states_and_gathered(shards: Shards, *, keeps_average: bool = False) -> tuple[dict[str, int], int]:
-    """Bytes of weights, gradients, optimizer and average, and of what FSDP2 gathers: no number of samples changes these."""
+    """Bytes of weights, gradients, optimizer and average, and of what FSDP2 gathers: no number of samples changes
+    these."""
     states = {
         "weights": _FLOAT * shards.local,
         "gradients": _FLOAT * shards.trained,

@@ -25,8 +25,8 @@ class CaptioningConfig(Config):
     Attributes:
         mask_ratio: share of a caption's tokens that is hidden, the end token included; BEiT-3's recipes hide 0.7.
         label_smoothing: BEiT-3 uses 0.1.
-        drop_worst_ratio: share of the hidden tokens of a micro-batch, those with the largest losses, that is not learned
-            from; BEiT-3 leaves out 0.2.
+        drop_worst_ratio: share of the hidden tokens of a micro-batch, those with the largest losses, that is not
+            learned from; BEiT-3 leaves out 0.2.
         drop_worst_after: in steps after this one, counted from 0; BEiT-3 begins after 12,000.
         blind: train and describe without the image.
     """
