@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mhmoe_vl.config import Config
+from mhmoe_vl.data.rand_augment import RandAugment
+from mhmoe_vl.errors import ConfigError
+
+Augmentation = Callable[[Image.Image], Image.Image]
 
 
 class AugmentConfig(Config):
@@ -21,48 +27,94 @@ class AugmentConfig(Config):
         crop_scale: smallest share of the area that a random crop keeps; None resizes without cropping.
         flip: mirror half of the images. Wrong for data that speaks of left and right.
         color_jitter: strength of brightness, contrast and saturation changes.
-        rand_augment: RandAugment with 2 operations of magnitude 7, as BEiT-3 fine-tunes with.
+        rand_augment: RandAugment with 2 operations of magnitude 7, as BEiT-3 fine-tunes VQA and captioning with.
+        auto_augment: timm's RandAugment by its name there instead, such as ``rand-m9-mstd0.5-inc1``, with which BEiT-3
+            fine-tunes ImageNet.
+        random_erasing: probability of a rectangle of noise in the image (arXiv 1708.04896).
     """
 
     crop_scale: Annotated[float, Field(gt=0, le=1)] | None = 0.2
     flip: bool = True
     color_jitter: Annotated[float, Field(ge=0)] = 0.0
     rand_augment: bool = False
+    auto_augment: Annotated[str, Field(pattern="^rand-")] | None = None
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rand_augment and self.auto_augment is not None:
+            raise ValueError(f"auto_augment: '{self.auto_augment}' takes the place of rand_augment; set one of them")
+        return self
 
 
 class ImageTransform:
     """Picture to uint8 ``[3, size, size]``.
 
     Args:
-        augment: None for the deterministic transform (bicubic resize to a square, as BEiT-3 evaluates).
+        augment: None for the deterministic transform.
+        center_crop: the deterministic transform resizes the short side and cuts the middle out, as ImageNet is scored;
+            else it resizes the whole picture to a square, as BEiT-3 evaluates everything else. Bicubic.
+
+    Raises:
+        ConfigError: timm has no such ``auto_augment``.
     """
 
-    def __init__(self, size: int, augment: AugmentConfig | None = None) -> None:
+    def __init__(self, size: int, augment: AugmentConfig | None = None, *, center_crop: bool = False) -> None:
         self.size = size
         self.augmentation = None if augment is None else _augmentation(size, augment)
+        self.erasing = None if augment is None else _erasing(augment)
+        self.center_crop = center_crop and augment is None
 
     def __call__(self, picture: Image.Image, seed: int) -> Tensor:
-        """Apply with randomness from ``seed`` alone; the global generator is left as it was."""
-        if self.augmentation is not None:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would also seed the GPUs, which are not put back.
-                torch.default_generator.manual_seed(seed)
-                picture = self.augmentation(picture)
+        """Apply with randomness from ``seed`` alone; the global generators are left as they were."""
+        if self.augmentation is None and self.erasing is None:
+            return self._to_pixels(picture)
+        with _seeded(seed):
+            pixels = self._to_pixels(picture if self.augmentation is None else self.augmentation(picture))
+            return pixels if self.erasing is None else self.erasing(pixels)
+
+    def _to_pixels(self, picture: Image.Image) -> Tensor:
+        if self.center_crop:
+            picture = _middle(picture, self.size)
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        pixels_HWC = torch.from_numpy(np.array(picture))
-        return pixels_HWC.permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _augmentation(size: int, augment: AugmentConfig) -> Callable[[Image.Image], Image.Image] | None:
-    """What is random, if anything is."""
-    if not (augment.crop_scale or augment.flip or augment.color_jitter or augment.rand_augment):
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's generator and, for timm's policies, those of Python and NumPy."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also seed the GPUs, which are not put back.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _middle(picture: Image.Image, size: int) -> Image.Image:
+    """The square in the middle, once the short side is ``size``; sizes and edges rounded as torchvision does."""
+    width, height = picture.size
+    short = min(width, height)
+    width, height = size * width // short, size * height // short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _augmentation(size: int, augment: AugmentConfig) -> Augmentation | None:
+    """What is random before a picture is pixels, if anything is."""
+    if not (augment.crop_scale or augment.flip or augment.color_jitter or augment.rand_augment or augment.auto_augment):
         return None
     # Takes a second or two to import, which every command would wait for.
     from torchvision.transforms import InterpolationMode, v2
 
     bicubic = InterpolationMode.BICUBIC
-    steps: list[torch.nn.Module] = []
+    steps: list[Augmentation] = []
     if augment.crop_scale is not None:
         steps.append(v2.RandomResizedCrop(size, scale=(augment.crop_scale, 1.0), interpolation=bicubic))
     else:
@@ -72,5 +124,39 @@ def _augmentation(size: int, augment: AugmentConfig) -> Callable[[Image.Image], 
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     if augment.rand_augment:
-        steps.append(v2.RandAugment(num_ops=2, magnitude=7, interpolation=bicubic))
+        steps.append(RandAugment())
+    if augment.auto_augment is not None:
+        steps.append(_policy(size, augment.auto_augment))
     return v2.Compose(steps)
+
+
+def _policy(size: int, name: str) -> Augmentation:
+    """With the options that timm's own ``create_transform`` gives it; shifts are by up to 0.45 of the picture."""
+    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN
+
+    options = {
+        "translate_const": int(0.45 * size),
+        "img_mean": tuple(min(255, round(255 * value)) for value in IMAGENET_DEFAULT_MEAN),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        return rand_augment_transform(name, options)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"data.augment.auto_augment: '{name}' is no policy of timm's RandAugment: {error}") from None
+
+
+def _erasing(augment: AugmentConfig) -> Callable[[Tensor], Tensor] | None:
+    """Noise for 2 to 33 % of the area, as timm's mode ``pixel`` does. There it is Gaussian in normalised values; bytes
+    end at black and white, and have the mean 0.45 and deviation 0.225 that ImageNet's statistics come to."""
+    if augment.random_erasing == 0:
+        return None
+    from torchvision.transforms import v2
+
+    erase = v2.RandomErasing(augment.random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+
+    def erased(pixels: Tensor) -> Tensor:
+        noisy = erase((pixels / 255 - 0.45) / 0.225)
+        return ((noisy * 0.225 + 0.45) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    return erased

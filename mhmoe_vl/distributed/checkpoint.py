@@ -1,7 +1,7 @@
 """Training checkpoints that resume bit for bit, also with another strategy or world size, or are refused.
 
-``step_0000100/`` holds one safetensors file per rank (its shards of parameters, buffers and AdamW state, written
-and resharded by ``torch.distributed.checkpoint``) and a manifest; nothing in it is a pickle. All functions are
+``step_0000100/`` holds one safetensors file per rank (its shards of parameters, buffers, averages and AdamW state,
+written and resharded by ``torch.distributed.checkpoint``) and a manifest; nothing in it is a pickle. All functions are
 collective, and ``root`` must be on a file system that all ranks share.
 """
 
@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mhmoe_vl.distributed.average import WeightAverage
 from mhmoe_vl.distributed.collectives import broadcast_object, fail_together
 from mhmoe_vl.distributed.manifest import (
     checkpoint_path,
@@ -38,8 +39,8 @@ from mhmoe_vl.errors import CheckpointError, ConfigError, OutputError, UserError
 
 logger = logging.getLogger(__name__)
 
-#: What the names of parameters and buffers begin with, beside those of the optimizer's tensors.
-_MODEL = "model."
+#: What the names of parameters and buffers begin with, beside those of the optimizer's tensors and of averages.
+_MODEL, _AVERAGE = "model.", "average."
 
 
 def save_checkpoint(
@@ -51,6 +52,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     world: World,
     keep: int,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write ``root/step_<step>``, then delete all but the newest ``keep`` complete checkpoints.
 
@@ -58,6 +60,7 @@ def save_checkpoint(
         optimizer: AdamW over parameters of ``module``. Its tensors are saved; learning rates and other settings of its
             groups are not, they come from the configuration of the run that resumes.
         progress: JSON-able and equal on all ranks; :func:`load_checkpoint` returns it.
+        average: of the parameters, if the run keeps one.
 
     Raises:
         OutputError: on every rank, if any rank could not write, or an intact checkpoint of this step exists.
@@ -77,7 +80,7 @@ def save_checkpoint(
         with fail_together(OutputError, f"{path}: cannot save"):
             if world.is_main:
                 _make_room(root, partial)
-        _write_tensors(partial, _training_state(module, optimizer))
+        _write_tensors(partial, _training_state(module, optimizer, average))
         manifest["files"] = describe_files(partial)
         with fail_together(OutputError, f"{path}: cannot save"):
             if world.is_main:
@@ -91,15 +94,22 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.AdamW, world: World) -> dict[str, Any]:
-    """Verify ``path``, load it in place into ``module`` and ``optimizer``, and return its progress.
+def load_checkpoint(
+    path: Path,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.AdamW,
+    world: World,
+    average: WeightAverage | None = None,
+) -> dict[str, Any]:
+    """Verify ``path``, load it in place into ``module``, ``optimizer`` and ``average``, and return its progress.
 
     Raises:
         CheckpointError: on every rank, if the checkpoint is damaged, or its tensors differ in name, shape or dtype from
-            those of ``module`` and ``optimizer``; nothing has been loaded then.
+            those of ``module``, ``optimizer`` and ``average``; nothing has been loaded then.
     """
     manifest = verify(path)
-    state = _training_state(module, optimizer)
+    state = _training_state(module, optimizer, average)
     reader = dcp.HuggingFaceStorageReader(str(path))
     with fail_together(CheckpointError, f"{path}: cannot load"):
         _require_same_tensors(state, reader.read_metadata().state_dict_metadata)
@@ -111,7 +121,7 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Ada
 
 
 def load_checkpoint_weights(path: Path, module: nn.Module) -> None:
-    """Verify ``path`` and load its parameters and buffers, without the optimizer's, in place into ``module``.
+    """Verify ``path`` and load its parameters and buffers in place into ``module``: as they were trained, no averages.
 
     Raises:
         CheckpointError: on every rank, if the checkpoint is damaged, or is not of such a module; nothing has been
@@ -147,10 +157,14 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def _training_state(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _training_state(
+    module: nn.Module, optimizer: torch.optim.AdamW, average: WeightAverage | None
+) -> dict[str, Tensor]:
     """Every tensor that training changes, under a name that depends on neither strategy nor world size."""
     names = {tensor: aliases[0] for tensor, aliases in tensor_names(module).items()}
     state = {f"{_MODEL}{name}": tensor.detach() for tensor, name in names.items()}
+    if average is not None:
+        state |= {f"{_AVERAGE}{name}": tensor for name, tensor in average.tensors.items()}
     for group in optimizer.param_groups:
         on_device = bool(group["fused"] or group["capturable"])
         for parameter in group["params"]:

@@ -85,10 +85,15 @@ def accumulating(module: nn.Module, *, is_last: bool) -> Iterator[None]:
     defer = isinstance(module, DistributedDataParallel) and not is_last
     with module.no_sync() if defer else nullcontext():  # type: ignore[operator]
         yield
+    # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and nothing
+    # then puts away what was gathered: the module would show parameters without gradients.
+    reshard(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Put away what FSDP2 has gathered of the parameters, if anything is; the shards are what is left."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            # Activation checkpointing runs the experts of a pool again even if the loss does not depend on them, and
-            # nothing then puts away what was gathered: the module would show parameters without gradients.
             part.reshard()
 
 

@@ -152,7 +152,13 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], where: str, *, num_heads: i
     output_layer = _OUTPUT_LAYERS.get(kind)
     return ReleasedModel(
         kind,
-        ModelConfig(ffn="dense", final_norm="beit3.encoder.layer_norm.A.weight" in shapes, **sizes),
+        ModelConfig(
+            ffn="dense",
+            final_norm="beit3.encoder.layer_norm.A.weight" in shapes,
+            # Tensors do not tell; the recipe does.
+            image_normalization="imagenet" if kind == "classification" else "half",
+            **sizes,
+        ),
         num_outputs=_shape(shapes, output_layer, 2, where)[0] if output_layer else 0,
     )
 

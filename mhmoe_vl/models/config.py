@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mhmoe_vl.config import Config
+from mhmoe_vl.models.embeddings import Normalization
 from mhmoe_vl.moe import FfnShape, match_ffn
 from mhmoe_vl.moe.cost import MULTI_HEAD_KINDS, default_router
 from mhmoe_vl.moe.experts import WHOLE_LAYER_BACKENDS
@@ -66,6 +67,8 @@ class ModelConfig(Config):
         ffn: kind of the sparse blocks' feed-forward layer, the one word that a comparison changes.
         shared_attention: one set of attention weights for both modalities (the paper) or one each (the release).
         vl_ffn_layers: top blocks with a third, joint feed-forward for image-text pairs (paper: 3; release: 0).
+        image_normalization: of pixels: ``half`` scales to [-1, 1] (BEiT-3), ``imagenet`` takes out the mean and
+            divides by the standard deviation of ImageNet (BEiT-3, for classification of ImageNet alone).
         final_norm: normalise what the last block gives. The release leaves that to the heads of visual question
             answering and image classification, which begin with a norm of their own.
         tie_embeddings: the MLM or LM head shares the token embedding (the release has its own).
@@ -79,6 +82,7 @@ class ModelConfig(Config):
     ffn_dim: Positive
     image_size: Positive = 224
     patch_size: Positive = 16
+    image_normalization: Normalization = "half"
     vocab_size: Positive = 64010
     max_text_length: Positive = 1024
     num_visual_codes: Positive = 8192

@@ -6,10 +6,15 @@ Shape suffixes: B samples, P patches, L text tokens, D width.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Normalization = Literal["half", "imagenet"]
+#: Mean and standard deviation of each channel over ImageNet, of pixels from 0 to 1.
+_IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 
 
 class VisionEmbedding(nn.Module):
@@ -18,9 +23,9 @@ class VisionEmbedding(nn.Module):
     Images of another size than ``image_size`` get bicubically resized positions.
     """
 
-    def __init__(self, dim: int, image_size: int, patch_size: int) -> None:
+    def __init__(self, dim: int, image_size: int, patch_size: int, normalization: Normalization = "half") -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.normalization = patch_size, normalization
         self.grid = image_size // patch_size
         self.patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -36,7 +41,7 @@ class VisionEmbedding(nn.Module):
         """Tokens ``[B, 1 + P, D]``, class token first.
 
         Args:
-            image: uint8 ``[B, 3, H, W]``, or float already scaled to [-1, 1].
+            image: uint8 ``[B, 3, H, W]``, or float that is normalised already.
             mask_BP: bool, True where the patch is hidden, row by row.
             blind: keep the class token only, as if there were no image.
 
@@ -51,7 +56,8 @@ class VisionEmbedding(nn.Module):
         if blind:
             return class_token + self.positions[:, :1]
         grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
-        x_BPD = self.patches(normalize_pixels(image).to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
+        pixels = normalize_pixels(image, self.normalization)
+        x_BPD = self.patches(pixels.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
         return torch.cat([class_token.to(x_BPD.dtype), x_BPD], dim=1) + self._positions_for(grid)
@@ -121,6 +127,15 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([of_class, resized.flatten(2).transpose(1, 2).to(of_patches.dtype)], dim=1)
 
 
-def normalize_pixels(image: Tensor) -> Tensor:
-    """uint8 to [-1, 1] (mean and standard deviation 0.5, as BEiT-3); floats pass through."""
-    return image.float().div(127.5).sub(1.0) if image.dtype == torch.uint8 else image
+def normalize_pixels(image: Tensor, normalization: Normalization = "half") -> Tensor:
+    """uint8 ``[..., 3, H, W]`` to floats: ``half`` to [-1, 1], mean and standard deviation 0.5 as BEiT-3 has them in
+    general; ``imagenet`` by the statistics of ImageNet, as it has them for that task. Floats pass through."""
+    if image.dtype != torch.uint8:
+        return image
+    if normalization == "half":
+        return image.float().div(127.5).sub(1.0)
+    channels = [
+        channel.float().div(255).sub(mean).div(std)
+        for channel, (mean, std) in zip(image.unbind(-3), _IMAGENET, strict=True)
+    ]
+    return torch.stack(channels, dim=-3)

@@ -85,7 +85,9 @@ class MultiwayEncoder(nn.Module):
         self.config = config
         key = draw_key()
         if "vision" in config.modalities:
-            self.vision_embedding = VisionEmbedding(config.dim, config.image_size, config.patch_size)
+            self.vision_embedding = VisionEmbedding(
+                config.dim, config.image_size, config.patch_size, config.image_normalization
+            )
         if "text" in config.modalities:
             self.text_embedding = TextEmbedding(
                 config.dim,

@@ -26,6 +26,7 @@ class Memory:
     """Bytes on the busiest rank when the backward pass begins, and a bound of what comes on top.
 
     Attributes:
+        average: moving average of the weights (``optimizer.ema_decay``), laid out as they are.
         gathered: FSDP2: the root's parameters, two blocks' (one is computed, one is fetched), and as many gradients.
         weight_copies: 16-bit copies of weights, whole also where the weights are sharded: autocast keeps them until
             the forward pass of all sources ends, and every source casts the experts anew.
@@ -37,6 +38,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    average: int
     gathered: int
     weight_copies: int
     activations: int
@@ -45,7 +47,7 @@ class Memory:
 
     @property
     def states(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.average
 
     @property
     def total(self) -> int:
@@ -94,9 +96,11 @@ def _without_backward(part: Part) -> Part:
     return replace(part, trace=replace(part.trace, kept=0, backward=Work()))
 
 
-def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int) -> Memory:
+def memory_of(
+    task: Task, shards: Shards, layout: Layout, parts: list[Part], *, all_to_all: int, keeps_average: bool = False
+) -> Memory:
     """Sum of states and of what a micro-batch keeps."""
-    states, gathered = states_and_gathered(shards)
+    states, gathered = states_and_gathered(shards, keeps_average=keeps_average)
     copies: dict[str, int] = {}
     for part in parts:
         copies[part.name] = max(copies.get(part.name, 0), part.trace.weight_copies)
@@ -110,12 +114,14 @@ def memory_of(task: Task, shards: Shards, layout: Layout, parts: list[Part], *, 
     )
 
 
-def states_and_gathered(shards: Shards) -> tuple[dict[str, int], int]:
-    """Bytes of weights, gradients and optimizer, and of what FSDP2 gathers: no number of samples changes these."""
+def states_and_gathered(shards: Shards, *, keeps_average: bool = False) -> tuple[dict[str, int], int]:
+    """Bytes of weights, gradients, optimizer and average, and of what FSDP2 gathers: no number of samples changes
+    these."""
     states = {
         "weights": _FLOAT * shards.local,
         "gradients": _FLOAT * shards.trained,
         "optimizer": _MOMENTS * shards.trained,
+        "average": _FLOAT * shards.trained if keeps_average else 0,
     }
     if not shards.units:
         return states, 0

@@ -125,7 +125,10 @@ class _Draft:
         self.shards = shards_of(self.task, layout)
         self.tracer = Tracer(config.model, self.dtype, device)
         self.parts = self.parts_with(config.model.checkpoint_activations)
-        self.memory = memory_of(self.task, self.shards, layout, self.parts, all_to_all=self._all_to_all_buffers())
+        self.memory = memory_of(
+            self.task, self.shards, layout, self.parts,
+            all_to_all=self._all_to_all_buffers(), keeps_average=keeps_average(config),
+        )  # fmt: skip
 
     def parts_with(self, checkpointed: bool) -> list[Part]:
         return parts_of(self.task, self.tracer, self.samples, self.shares, checkpointed=checkpointed)
@@ -141,7 +144,9 @@ class _Draft:
             all_to_all=self._exchanged(),
             checkpointed=checkpointed,
         )  # fmt: skip
-        time = step_time(forward, backward, self.shards, layout, device, communication)
+        time = step_time(
+            forward, backward, self.shards, layout, device, communication, keeps_average=keeps_average(config)
+        )
         costs, numbers = self.costs, samples_per_step(config)
         busiest = layout.num_micro_batches * sum(
             costs[name].training_flops * number for name, number in self.shares.items()
@@ -190,6 +195,11 @@ class _Draft:
         ) * self.config.model.dim * self.dtype.itemsize  # fmt: skip
 
 
+def keeps_average(config: RunConfig) -> bool:
+    """Whether the run averages its weights."""
+    return config.optimizer.ema_decay is not None
+
+
 def _too_large(draft: _Draft) -> str:
     """By how much, what takes it, and the smallest change that fits."""
     memory, device = draft.memory, draft.device
@@ -203,7 +213,7 @@ def _too_large(draft: _Draft) -> str:
     for candidate in _alternatives(draft.config, draft.layout):
         strategy = strategy_of(candidate, draft.layout.world_size)
         layout = replace(draft.layout, strategy=strategy, num_micro_batches=candidate.num_micro_batches)
-        states, gathered = states_and_gathered(shards_of(draft.task, layout))
+        states, gathered = states_and_gathered(shards_of(draft.task, layout), keeps_average=keeps_average(candidate))
         if sum(states.values()) + gathered > limit:
             continue  # without looking at activations, which takes longer
         other = _Draft(candidate, layout, device)

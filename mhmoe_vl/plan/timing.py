@@ -17,6 +17,8 @@ from mhmoe_vl.plan.trace import Work
 #: AdamW reads weight, gradient and two moments and writes all but the gradient; clipping reads gradients twice and
 #: writes them once. All float32.
 _OPTIMIZER_BYTES = 4 * (7 + 3)
+#: Weight and average are read, the average is written.
+_AVERAGE_BYTES = 4 * 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class StepTime:
     Attributes:
         forward, backward: of all micro-batches; what checkpointing computes again belongs to the backward pass.
         communication: data-parallel, mostly hidden.
+        optimizer: with the average of the weights, if one is kept.
         expected: compute, or communication if that is longer, and the all-to-alls.
         without_overlap: the sum of everything.
     """
@@ -61,14 +64,22 @@ class StepTime:
 
 
 def step_time(
-    forward: Work, backward: Work, shards: Shards, layout: Layout, device: Device, communication: Communication
+    forward: Work,
+    backward: Work,
+    shards: Shards,
+    layout: Layout,
+    device: Device,
+    communication: Communication,
+    *,
+    keeps_average: bool = False,
 ) -> StepTime:
     """Time of a step on the busiest rank.
 
     Args:
         forward, backward: of one micro-batch.
     """
-    optimizer = _OPTIMIZER_BYTES * shards.trained / device.memory_bandwidth / device.reached
+    num_bytes = _OPTIMIZER_BYTES + (_AVERAGE_BYTES if keeps_average else 0)
+    optimizer = num_bytes * shards.trained / device.memory_bandwidth / device.reached
     return StepTime(
         forward=layout.num_micro_batches * seconds_of(forward, device),
         backward=layout.num_micro_batches * seconds_of(backward, device),

@@ -57,11 +57,13 @@ class Task(nn.Module, ABC):
 
     Attributes:
         encoder: shared by all tasks; its weights move from pretraining to fine-tuning.
+        step: steps of the run before this one; the training loop sets it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.step = 0
         # The random numbers of the heads do not depend on how many the encoder takes.
         with random_numbers_of(draw_key(), "encoder"):
             self.encoder = MultiwayEncoder(config)
@@ -82,7 +84,7 @@ class Task(nn.Module, ABC):
         """
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters outside the encoder, which fine-tuning may give a larger learning rate."""
+        """Parameters outside the encoder, or a part of these, which fine-tuning may give a larger learning rate."""
         inside = set(self.encoder.parameters())
         return [parameter for parameter in self.parameters() if parameter not in inside]
 
@@ -142,14 +144,20 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def masked_cross_entropy(
-    head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor, *, label_smoothing: float = 0.0, ignore: int = -100
+    head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor, *, ignore: int = -100
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy over the positions with a target, and how many predictions were right.
 
     The head runs on those positions only: with a large vocabulary that is most of its cost. Float32 logits at least.
     """
-    chosen_BL = targets_BL != ignore
-    logits_NV = at_least_float32(head(hidden_BLD[chosen_BL]))
-    targets_N = targets_BL[chosen_BL]
-    loss = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+    logits_NV, targets_N = masked_predictions(head, hidden_BLD, targets_BL, ignore=ignore)
+    loss = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
     return loss, (logits_NV.argmax(-1) == targets_N).sum()
+
+
+def masked_predictions(
+    head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor, *, ignore: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[N, V]`` of the N positions with a target, in float32 at least, and their targets ``[N]``."""
+    chosen_BL = targets_BL != ignore
+    return at_least_float32(head(hidden_BLD[chosen_BL])), targets_BL[chosen_BL]

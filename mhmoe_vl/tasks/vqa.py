@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhmoe_vl.config import Config
@@ -37,6 +37,10 @@ class VqaTask(Task):
         super().__init__(model)
         self.task_config = config
         self.vqa_head = VqaHead(model.dim, num_answers)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The classifier without the pooler, which the released recipe gives the encoder's rate."""
+        return list(self.vqa_head.classifier.parameters())
 
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         return {"vqa": sum(len(batch) for batches in micro_batches for batch in batches.values())}

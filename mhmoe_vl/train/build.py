@@ -195,7 +195,7 @@ def _build_samples(
     config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, *, training: bool
 ) -> SampleBuilder:
     data, model, task = config.data, config.model, config.task
-    transform = ImageTransform(model.image_size, data.augment if training else None)
+    transform = ImageTransform(model.image_size, data.augment if training else None, center_crop=data.center_crop)
     masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
     if source.kind == "image":
         return ImageSamples(transform, masking)

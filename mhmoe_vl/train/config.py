@@ -75,6 +75,8 @@ class DataConfig(Config):
             samples, instead of weights by hand (XLM, arXiv 1901.07291, section 3.1). 1 keeps the natural shares, 0
             makes all equal; XLM takes 0.5 for the tokenizer and 0.7 for training.
         validation_batch_size: samples per rank and forward pass.
+        center_crop: validation and evaluation resize the short side of an image and cut the middle out, as ImageNet is
+            scored; else they resize the whole image to a square.
         num_workers: loader processes per rank; 0 loads in the training process.
     """
 
@@ -86,6 +88,7 @@ class DataConfig(Config):
     sampling_alpha: Ratio | None = None
     validation_batch_size: Positive = 64
     augment: AugmentConfig = AugmentConfig()
+    center_crop: bool = False
     image_mask_ratio: Ratio = 0.4
     text_mask_ratio: Ratio = 0.15
     pair_text_mask_ratio: Ratio = 0.5

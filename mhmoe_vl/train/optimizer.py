@@ -28,6 +28,8 @@ class OptimizerConfig(Config):
         layer_decay: factor per layer from the top downwards (BEiT); 1 treats all layers alike.
         head_factor: the heads' learning rate as a multiple of the encoder's (BEiT-3's VQA recipe: 20).
         clip_norm: largest global gradient norm; None does not clip.
+        ema_decay: keep an exponential moving average of the weights with this decay, updated after every step. What is
+            validated, exported and evaluated is then the average. None keeps none.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -40,6 +42,7 @@ class OptimizerConfig(Config):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     head_factor: Annotated[float, Field(gt=0)] = 1.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 3.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 def build_optimizer(task: Task, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from mhmoe_vl.config import validate_config
 from mhmoe_vl.data.loader import MicroBatch, ShardDataset, train_loader
 from mhmoe_vl.data.plan import MixturePlan
+from mhmoe_vl.distributed.average import WeightAverage
 from mhmoe_vl.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mhmoe_vl.distributed.collectives import all_reduce_sum, broadcast_object, fail_together
 from mhmoe_vl.distributed.parallel import parallelize
@@ -61,17 +63,21 @@ def train(config: RunConfig, world: World) -> None:
     cost = encoder_cost_of(config)
     if world.is_main:
         _announce(config, task, plan, cost, world)
+    module = parallelize(
+        task,
+        strategy=strategy_of(config, world.world_size),
+        world=world,
+        shard_units=task.encoder.shard_units(),
+        expert_parallel=config.expert_parallel,
+    )
+    decay = config.optimizer.ema_decay
     run = _Run(
         config=config,
         world=world,
-        module=parallelize(
-            task,
-            strategy=strategy_of(config, world.world_size),
-            world=world,
-            shard_units=task.encoder.shard_units(),
-            expert_parallel=config.expert_parallel,
-        ),
+        task=task,
+        module=module,
         optimizer=build_optimizer(task, config.optimizer),
+        average=None if decay is None else WeightAverage(module, decay),
         plan=plan,
         dataset=dataset,
         held_out=held_out,
@@ -87,7 +93,13 @@ def train(config: RunConfig, world: World) -> None:
         writer.close()
     if not is_finished:
         raise SystemExit(STOPPED)
-    export_weights(Path(config.out) / run_directory.WEIGHTS, run.module, world=world)
+    with run.exported():
+        export_weights(Path(config.out) / run_directory.WEIGHTS, run.module, world=world)
+    if world.is_main and decay is not None:
+        logger.info(
+            "%s/%s is the moving average (optimizer.ema_decay=%s); the last weights are in the last checkpoint",
+            config.out, run_directory.WEIGHTS, decay,
+        )  # fmt: skip
 
 
 def _loop(run: _Run, first_step: int, writer: MetricsWriter | None, stop: list[int]) -> bool:
@@ -103,10 +115,11 @@ def _loop(run: _Run, first_step: int, writer: MetricsWriter | None, stop: list[i
             """Validate if step ``done`` is due; False if that was broken off because the run is to stop."""
             if run.held_out is None or not _is_due(config.validate_every, done, config.max_steps):
                 return True
-            scores = validate(config, run.module, run.held_out, world, should_stop=lambda: bool(stop))
+            with run.exported():
+                scores = validate(config, run.module, run.held_out, world, should_stop=lambda: bool(stop))
             if scores is not None:
                 journal.write("validation", done, scores)
-                bar.note(done, "validation " + _summary(scores))
+                bar.note(done, f"validation{'' if run.average is None else ' of the average'} {_summary(scores)}")
             return scores is not None
 
         # Whoever is asked to stop saves first, and has no time to validate: that is done when the run goes on.
@@ -116,6 +129,7 @@ def _loop(run: _Run, first_step: int, writer: MetricsWriter | None, stop: list[i
                     return False
         for step in range(first_step, config.max_steps):
             run.module.train()
+            run.task.step = step
             schedule.step_update(step)
             of_step = list(islice(micro_batches, config.num_micro_batches))
             num_broken_here = journal.note_problems(of_step)
@@ -130,6 +144,8 @@ def _loop(run: _Run, first_step: int, writer: MetricsWriter | None, stop: list[i
             done = step + 1
             if not result.is_good:
                 journal.count_skipped(done)
+            elif run.average is not None:
+                run.average.update()
             num_bad = 0 if result.is_good else num_bad + 1
             if num_bad >= config.max_bad_steps:
                 raise _divergence(config, num_bad, step)
@@ -173,12 +189,14 @@ def _divergence(config: RunConfig, num_bad: int, step: int) -> NonFiniteError:
 
 @dataclass(frozen=True)
 class _Run:
-    """What training changes and what it reads."""
+    """What training changes and what it reads; ``module`` is ``task``, wrapped."""
 
     config: RunConfig
     world: World
+    task: Task
     module: nn.Module
     optimizer: torch.optim.AdamW
+    average: WeightAverage | None
     plan: MixturePlan
     dataset: ShardDataset
     held_out: ShardDataset | None
@@ -198,6 +216,10 @@ class _Run:
             )
         )
 
+    def exported(self) -> AbstractContextManager[None]:
+        """Around what is done with the weights that the run will export: their average, if it keeps one."""
+        return nullcontext() if self.average is None else self.average.in_use()
+
     def save(self, step: int) -> None:
         """Write a checkpoint. Collective."""
         path = save_checkpoint(
@@ -212,6 +234,7 @@ class _Run:
             },
             world=self.world,
             keep=self.config.keep_checkpoints,
+            average=self.average,
         )
         logger.info("saved %s", path)
 
@@ -222,7 +245,9 @@ class _Run:
             CheckpointError: the checkpoint does not fit the model.
             ConfigError: the data are not those that the run began with.
         """
-        progress = load_checkpoint(path, module=self.module, optimizer=self.optimizer, world=self.world)
+        progress = load_checkpoint(
+            path, module=self.module, optimizer=self.optimizer, world=self.world, average=self.average
+        )
         with fail_together(ConfigError):
             self._require_same_data(path, progress["data_order"])
         if self.world.is_main:

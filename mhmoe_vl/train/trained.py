@@ -78,6 +78,7 @@ def load_trained(directory: str | Path, world: World, *, task_kind: str) -> Trai
 def cost_of(directory: str | Path) -> dict[str, Any]:
     """Parameters and FLOPs that the run printed when it started, and the wall-clock time that it took and where.
 
+    ``weights`` says which weights the run exported: the last ones, or their moving average.
     ``train_seconds`` is the time of all steps, without start, validation and saving; ``train_samples_per_second`` the
     median over the log lines. Both are comparable only between runs on one quiet machine.
     """
@@ -85,11 +86,13 @@ def cost_of(directory: str | Path) -> dict[str, Any]:
     records = read_metrics(Path(directory), "train")
     first_steps = [0, *(record["step"] for record in records)]
     lengths = [last - first for first, last in pairwise(first_steps)]
+    decay = run_directory.load_run(directory).optimizer.ema_decay
     return {
         **{name: cost[name] for name in _COUNTS},
         "train_seconds": round(sum(n * r["step_seconds"] for n, r in zip(lengths, records, strict=True)), 1),
         "train_samples_per_second": round(median(r["samples_per_second"] for r in records), 1) if records else None,
         "trained_on": _machines(Path(directory)) or None,
+        "weights": "last" if decay is None else f"moving average, decay {decay}",
     }
 
 

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.transforms.v2 import functional
 
+import eval.classification
 import eval.nlvr2
+import eval.retrieval
 import eval.vqa
 from mhmoe_vl.config import load_config, validate_config
 from mhmoe_vl.convert.__main__ import main
@@ -23,6 +26,8 @@ from mhmoe_vl.convert.beit3 import require_same
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.beit3 import recognize
+from mhmoe_vl.tasks.classification import ClassificationTask
+from mhmoe_vl.tasks.retrieval import RetrievalTask
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_task, initial_weights
 from mhmoe_vl.train.config import RunConfig
@@ -181,9 +186,71 @@ def test_a_fine_tuned_nlvr2_checkpoint_is_evaluated(shards: Path, tmp_path: Path
         )
         assert_close(trained.task.logits(batch)[0], logits, atol=2e-5, rtol=0)
     # A run that was converted is converted back, too.
-    convert("to-beit3", "--run", run, "--out", tmp_path / "back.pth")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
-    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert there_and_back(run, tmp_path, tensors)
+
+
+def test_a_fine_tuned_retrieval_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> None:
+    """The names are ``vision_head``, ``language_head`` and a ``logit_scale`` without dimensions."""
+    tensors = save_released(tmp_path / "retrieval.pth", "retrieval")
+    assert tensors["logit_scale"].shape == ()
+    config = write_config(tmp_path / "retrieval.yaml", configuration(shards, tmp_path, "retrieval"))
+    run = tmp_path / "run"
+    convert("from-beit3", "--checkpoint", tmp_path / "retrieval.pth", "--config", config, "--out", run)
+    assert eval.retrieval.main(["--run", str(run), "--data", str(shards / "pairs-val")]) == 0
+    trained = load_trained(run, ALONE, task_kind="retrieval")
+    assert isinstance(trained.task, RetrievalTask)
+    assert torch.equal(trained.task.logit_scale[0], tensors["logit_scale"])
+    (batch,) = trained.batches([str(shards / "pairs-val")], batch_size=100)
+    assert batch.image is not None
+    assert batch.text_valid is not None
+    plain = Plain(tensors)
+    assert batch.text_ids is not None
+    with torch.no_grad():
+        images = plain(batch.image.float() / 127.5 - 1)[:, 0] @ tensors["vision_head.weight"].T
+        texts = plain(None, batch.text_ids, padding=~batch.text_valid)[:, 0] @ tensors["language_head.weight"].T
+        found = (
+            trained.task.embed_images(batch.image)[0],
+            trained.task.embed_texts(batch.text_ids, batch.text_valid)[0],
+        )
+    for embedding, expected in zip(found, (images, texts), strict=True):
+        assert_close(embedding, F.normalize(expected, dim=-1), atol=2e-5, rtol=0)
+    assert there_and_back(run, tmp_path, tensors)
+
+
+def test_a_fine_tuned_imagenet_checkpoint_is_evaluated(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ImageNet's mean and deviation, the middle of the image, no final norm, the mean of the patches, ``fc_norm``."""
+    classes = json.loads((shards / "classes-train" / "classes.json").read_text())["classes"]
+    tensors = save_released(tmp_path / "in1k.pth", "classification", num_classes=len(classes))
+    config = write_config(
+        tmp_path / "in1k.yaml",
+        configuration(shards, tmp_path, "classification", final_norm=False, image_normalization="imagenet"),
+    )
+    run = tmp_path / "run"
+    arguments = ("from-beit3", "--checkpoint", tmp_path / "in1k.pth", "--config", config, "--out", run)
+    line = refusal(capsys, *arguments, "model.image_normalization=half")
+    assert line.endswith("set model.image_normalization=imagenet")
+    convert(*arguments, "data.center_crop=true")
+    assert eval.classification.main(["--run", str(run), "--data", str(shards / "classes-val")]) == 0
+    trained = load_trained(run, ALONE, task_kind="classification")
+    assert isinstance(trained.task, ClassificationTask)
+    (batch,) = trained.batches([str(shards / "classes-val")], batch_size=100)
+    assert batch.image is not None
+    image = functional.normalize(batch.image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    plain = Plain(tensors)
+    with torch.no_grad():
+        mean_patch = plain(image)[:, 1:].mean(1)
+        logits = plain.linear("head", plain.layer_norm("fc_norm", mean_patch))
+        assert_close(trained.task.logits(batch)[0], logits, atol=2e-5, rtol=0)
+    assert there_and_back(run, tmp_path, tensors)
+
+
+def there_and_back(run: Path, folder: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether a run that was made of a released file becomes that file again, bit by bit."""
+    convert("to-beit3", "--run", run, "--out", folder / "back.pth")
+    back = torch.load(folder / "back.pth", weights_only=True)["model"]
+    return back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "classification"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import eval.captioning
 import eval.classification
@@ -23,7 +24,7 @@ from mhmoe_vl.data.shards import find_shards, read_index
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import CheckpointError, ConfigError
 from mhmoe_vl.report.samples import PREDICTIONS
-from mhmoe_vl.train.build import build_task, transfer_weights
+from mhmoe_vl.train.build import build_task, initial_weights, transfer_weights
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
@@ -101,12 +102,22 @@ def test_a_dry_run_reads_the_weights_to_start_from(shards: Path, pretrained: Pat
         dry_run(validate_config(RunConfig, tree))
 
 
-def test_larger_images_resize_the_positions(shards: Path, pretrained: Path, tmp_path: Path) -> None:
-    tree = fine_tuning(shards, tmp_path / "run", "nlvr2", pretrained)
+@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+def test_larger_images_resize_the_positions(shards: Path, pretrained: Path, tmp_path: Path, task: str) -> None:
+    """As VQA at 480 px starts from pretraining at 224: a bicubic picture of the table, the class token's apart."""
+    tree = fine_tuning(shards, tmp_path / "run", task, pretrained)
     tree["model"]["image_size"] = 64
+    name = "encoder.vision_embedding.positions"
+    before = load_weights(pretrained / "model.safetensors")[name]
+    assert before.shape == (1, 1 + 4, 16)
+    table = before[0, 1:].T.reshape(1, 16, 2, 2)
+    expected = F.interpolate(table, size=(4, 4), mode="bicubic").reshape(16, 16).T
+    started = initial_weights(build_task(validate_config(RunConfig, tree)), str(pretrained))[name]
+    torch.testing.assert_close(started, torch.cat([before[:, :1], expected[None]], dim=1))
     train(tree)
-    positions = load_weights(tmp_path / "run" / "model.safetensors")["encoder.vision_embedding.positions"]
-    assert positions.shape[1] == 1 + 16
+    trained = load_weights(tmp_path / "run" / "model.safetensors")[name]
+    assert trained.shape == (1, 1 + 16, 16)
+    assert 0 < (trained - started).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("task", PROGRAMS)

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mhmoe_vl.data.image import AugmentConfig, ImageTransform
+from mhmoe_vl.errors import ConfigError
 
 EVERYTHING = AugmentConfig(crop_scale=0.3, flip=True, color_jitter=0.4, rand_augment=True)
 
@@ -48,6 +49,8 @@ def test_a_picture_of_the_right_size_is_left_alone() -> None:
         AugmentConfig(crop_scale=None, flip=True),
         AugmentConfig(crop_scale=None, flip=False, color_jitter=0.5),
         AugmentConfig(crop_scale=None, flip=False, rand_augment=True),
+        AugmentConfig(crop_scale=None, flip=False, auto_augment="rand-m9-mstd0.5-inc1"),
+        AugmentConfig(crop_scale=None, flip=False, random_erasing=0.5),
         EVERYTHING,
     ],
 )
@@ -64,11 +67,53 @@ def test_randomness_comes_from_the_seed_alone(augment: AugmentConfig, monkeypatc
     assert len({tuple(pixels.flatten().tolist()) for pixels in results[0]}) > 1
 
 
-def test_the_global_generator_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("augment", [EVERYTHING, AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1")])
+def test_the_global_generators_are_left_as_they_were(augment: AugmentConfig) -> None:
     torch.default_generator.manual_seed(5)
-    before = torch.get_rng_state()
-    ImageTransform(16, EVERYTHING)(picture(), 3)
-    assert torch.equal(torch.get_rng_state(), before)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    ImageTransform(16, augment)(picture(), 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+@pytest.mark.parametrize("size", [(48, 40), (40, 51), (17, 16), (3, 200)])
+def test_the_middle_is_cut_out_as_torchvision_does(size: tuple[int, int]) -> None:
+    from torchvision.transforms import InterpolationMode, v2
+
+    image = picture(size)
+    expected = v2.Compose([v2.Resize(16, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(16)])(image)
+    pixels = ImageTransform(16, center_crop=True)(image, 0)
+    assert torch.equal(pixels, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    # In training a crop is random, or there is none.
+    resize = AugmentConfig(crop_scale=None, flip=False)
+    assert torch.equal(ImageTransform(16, resize, center_crop=True)(image, 0), ImageTransform(16)(image, 0))
+
+
+def test_a_rectangle_of_noise() -> None:
+    """Of 2 to 33 % of the area, in half of the images; the mean of unit noise is ImageNet's, 115."""
+    image = Image.new("RGB", (64, 64), (250, 250, 250))
+    transform = ImageTransform(64, AugmentConfig(crop_scale=None, flip=False, random_erasing=0.5))
+    noise, num_erased = [], 0
+    for seed in range(100):
+        changed_HW = (pixels := transform(image, seed)).ne(250).any(0)
+        if not changed_HW.any():
+            continue
+        num_erased += 1
+        rows, columns = changed_HW.any(1).nonzero().flatten(), changed_HW.any(0).nonzero().flatten()
+        area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1) / 64**2
+        assert 0.01 < area < 0.36
+        assert changed_HW.sum() > 0.99 * area * 64**2
+        noise.append(pixels[:, changed_HW].float().flatten())
+    assert 25 < num_erased < 75
+    assert torch.cat(noise).mean().item() == pytest.approx(115, abs=2)
+    assert torch.cat(noise).std().item() == pytest.approx(57, abs=3)
+
+
+def test_two_policies_are_one_too_many() -> None:
+    with pytest.raises(ValidationError, match="takes the place of rand_augment"):
+        AugmentConfig(rand_augment=True, auto_augment="rand-m9")
+    with pytest.raises(ConfigError, match=r"auto_augment: 'rand-q9' is no policy of timm's RandAugment"):
+        ImageTransform(16, AugmentConfig(auto_augment="rand-q9"))
 
 
 def test_flipping_mirrors_about_half() -> None:

@@ -64,6 +64,18 @@ def test_masked_patches_keep_their_place_and_lose_their_content() -> None:
     assert_close(first[0, 8], embedding.mask_token[0, 0] + embedding.positions[0, 8])
 
 
+def test_imagenet_s_statistics() -> None:
+    """Against torchvision, and through the encoder that is told to use them."""
+    from torchvision.transforms.v2 import functional
+
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = functional.normalize(image.double() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert_close(normalize_pixels(image, "imagenet").double(), expected, atol=1e-6, rtol=0)
+    assert normalize_pixels(expected, "imagenet") is expected
+    encoder = make_encoder(image_normalization="imagenet")
+    assert_close(encoder(image).vision, encoder(expected).vision, atol=1e-5, rtol=1e-5)
+
+
 def test_pixels_become_minus_one_to_one() -> None:
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert_close(normalize_pixels(pixels), torch.tensor([-1.0, -0.6, 1.0]))

@@ -53,7 +53,8 @@ def test_a_layout_of_64_ranks_without_any_file(capsys: pytest.CaptureFixture[str
     assert plan["memory"]["total"] == sum(
         plan["memory"][part]
         for part in (
-            "weights", "gradients", "optimizer", "gathered", "weight_copies", "activations", "temporary", "all_to_all",
+            "weights", "gradients", "optimizer", "average", "gathered", "weight_copies", "activations", "temporary",
+            "all_to_all",
         )
     )  # fmt: skip
 
@@ -73,6 +74,19 @@ def test_states_are_exact_and_checkpointing_is_seen() -> None:
     assert checkpointed.memory.activations < 0.5 * plan.memory.activations
     # All samples are alike on one rank.
     assert plan.busy_share == 1
+
+
+def test_an_average_of_the_weights_is_counted() -> None:
+    """Four bytes per parameter; each is read with its weight and written."""
+    runs = [
+        make_run("language_modeling", model={"ffn": "dense"}, optimizer={"ema_decay": decay, "warmup_steps": 1})
+        for decay in (None, 0.999)
+    ]
+    plain, averaged = (make_plan(run, make_device(), world_size=1) for run in runs)
+    num_params = sum(parameter.numel() for parameter in build_task_without_files(runs[0]).parameters())
+    assert (plain.memory.average, averaged.memory.average) == (0, 4 * num_params)
+    assert averaged.memory.total == plain.memory.total + 4 * num_params
+    assert averaged.time.optimizer == pytest.approx(plain.time.optimizer + 12 * num_params / 1e9)
 
 
 def test_ranks_without_samples_are_seen() -> None:

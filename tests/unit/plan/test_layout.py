@@ -66,6 +66,8 @@ def test_memory_adds_up() -> None:
     assert memory.weight_copies == 10 + 20 + 3 + 3
     assert (memory.activations, memory.temporary, memory.all_to_all) == (7000, 700, 7)
     assert memory.total == 1600 + 1760 + 36 + 7000 + 700 + 7
+    averaged = memory_of(task, shards, Layout(10, "fsdp", 1, 1), parts, all_to_all=7, keeps_average=True)
+    assert (averaged.average, averaged.total) == (400, memory.total + 400)
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments_nor_activations() -> None:
@@ -76,8 +78,8 @@ def test_what_is_frozen_has_neither_gradient_nor_moments_nor_activations() -> No
     assert shards.trained == num_trained
     tracer = Tracer(config.model, torch.float32, make_device())
     parts = parts_of(probe, tracer, samples_of(config), {"class": 3}, checkpointed=False)
-    memory = memory_of(probe, shards, layout, parts, all_to_all=0)
-    assert (memory.gradients, memory.optimizer) == (4 * num_trained, 8 * num_trained)
+    memory = memory_of(probe, shards, layout, parts, all_to_all=0, keeps_average=True)
+    assert (memory.gradients, memory.optimizer, memory.average) == (4 * num_trained, 8 * num_trained, 4 * num_trained)
     assert memory.weights == 4 * sum(parameter.numel() for parameter in probe.parameters())
     *encoder, head = parts
     assert not any(part.trace.kept or part.trace.backward.flops for part in encoder)
