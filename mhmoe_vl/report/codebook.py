@@ -24,12 +24,12 @@ _MAX_POINTS = 200
 #: Steps on the colour wheel that come back to no colour for long.
 _GOLDEN_RATIO = 0.618034
 
-#: Headings of what a tokenizer's training tells of, by a word in the name of the figure.
+#: What a tokenizer's training tells of: name of the figure -> heading and unit.
 _OF_TRAINING = {
-    "cosine": "Cosine similarity with the teacher",
-    "perplexity": "Perplexity of the codes",
-    "used": "Codes used",
-    "revived": "Codes revived",
+    "cosine": ("Cosine similarity with the teacher", "cosine"),
+    "codes_perplexity": ("Perplexity of the codes", "perplexity"),
+    "codes_used": ("Codes used", "codes"),
+    "codes_revived": ("Codes revived", "codes"),
 }
 
 
@@ -109,16 +109,11 @@ def _frequencies(health: CodebookHealth) -> str:
 
 def _training_panels(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
     panels = []
-    for word, title in _OF_TRAINING.items():
-        series: dict[str, Points] = {}
-        for split, of_split in records.items():
-            names = sorted({name for record in of_split for name in record if word in name})
-            for name in names:
-                found = [(step, value) for step, value in points(of_split, name) if isinstance(value, int | float)]
-                if found:
-                    series[f"{split}: {name}" if len(names) > 1 else split] = found
+    for name, (title, unit) in _OF_TRAINING.items():
+        found = {split: points(of_split, name) for split, of_split in records.items()}
+        series = {split: of_split for split, of_split in found.items() if of_split}
         if series:
-            panels.append(Panel(title, curves(series, ylabel=word, name=f"codebook/{word}")))
+            panels.append(Panel(title, curves(series, ylabel=unit, name=f"codebook/{name}")))
     return panels
 
 

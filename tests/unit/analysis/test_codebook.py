@@ -154,7 +154,7 @@ def test_the_command_warns_of_a_collapse_everywhere(tmp_path: Path, capsys: pyte
     file = tmp_path / "tokenizer.safetensors"
     file.write_bytes(tokenizer().serialized())
     records = [
-        {"kind": kind, "step": step, "cosine": 0.1 * step, "code_perplexity": 3.0 + step, "num_revived": 4 - step}
+        {"kind": kind, "step": step, "cosine": 0.1 * step, "codes_perplexity": 3.0 + step, "codes_revived": 4 - step}
         for kind in ("train", "validation")
         for step in (1, 2, 3)
     ]
