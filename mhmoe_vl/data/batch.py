@@ -29,6 +29,7 @@ class Example:
     image: Tensor | None = None
     right_image: Tensor | None = None
     image_mask: Tensor | None = None
+    image_codes: Tensor | None = None
     text_ids: list[int] | None = None
     text_targets: list[int] | None = None
     answer_scores: Tensor | None = None
@@ -48,6 +49,7 @@ class Batch:
         image: uint8 ``[B, 3, H, W]``; for image pairs the left one.
         right_image: the right image of a pair of images.
         image_mask: bool ``[B, P]``, True where the patch is hidden and to be predicted.
+        image_codes: int64 ``[B, P]``, the code of every patch where the shards have them (``data.*.codes``).
         text_ids: int64 ``[R, L]``, masked where the objective masks, padded on the right.
         text_valid: bool ``[R, L]``, False for padding.
         text_targets: int64 ``[R, L]``, -100 where nothing is predicted.
@@ -64,6 +66,7 @@ class Batch:
     image: Tensor | None = None
     right_image: Tensor | None = None
     image_mask: Tensor | None = None
+    image_codes: Tensor | None = None
     text_ids: Tensor | None = None
     text_valid: Tensor | None = None
     text_targets: Tensor | None = None
@@ -134,6 +137,7 @@ def collate(examples: Sequence[Example], template: Example, *, pad_id: int, prob
         image=stacked("image"),
         right_image=stacked("right_image"),
         image_mask=stacked("image_mask"),
+        image_codes=stacked("image_codes"),
         text_ids=text_ids,
         text_valid=text_valid,
         text_targets=text_targets,

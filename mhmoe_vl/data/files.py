@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mhmoe_vl.errors import OutputError
+from mhmoe_vl.errors import DataError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -60,3 +61,16 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {error.strerror}; make its folder, or choose another --out") from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of the content of a file, in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}") from None

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mhmoe_vl.config import Config
+from mhmoe_vl.data.coded_views import WHOLE, ImageView
 from mhmoe_vl.data.rand_augment import RandAugment
 from mhmoe_vl.errors import ConfigError
 
@@ -50,6 +51,8 @@ class AugmentConfig(Config):
 class ImageTransform:
     """Picture to uint8 ``[3, size, size]``.
 
+    A view of the picture is drawn (crop and mirroring), and then perhaps coloured otherwise.
+
     Args:
         augment: None for the deterministic transform.
         center_crop: the deterministic transform resizes the short side and cuts the middle out, as ImageNet is scored;
@@ -60,25 +63,57 @@ class ImageTransform:
     """
 
     def __init__(self, size: int, augment: AugmentConfig | None = None, *, center_crop: bool = False) -> None:
-        self.size = size
-        self.augmentation = None if augment is None else _augmentation(size, augment)
+        self.size, self.augment = size, augment
+        self.recolor = None if augment is None else _recoloring(size, augment)
         self.erasing = None if augment is None else _erasing(augment)
         self.center_crop = center_crop and augment is None
 
-    def __call__(self, picture: Image.Image, seed: int) -> Tensor:
-        """Apply with randomness from ``seed`` alone; the global generators are left as they were."""
-        if self.augmentation is None and self.erasing is None:
-            return self._to_pixels(picture)
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed."""
+        return self.recolor is not None or self.erasing is not None or _draws_views(self.augment)
+
+    def __call__(self, picture: Image.Image, seed: int, view: ImageView | None = None) -> Tensor:
+        """Apply with randomness from ``seed`` alone; the global generators are left as they were.
+
+        Args:
+            view: to be taken in place of one that ``seed`` decides.
+        """
+        if not self.is_random:
+            if self.center_crop and view is None:
+                picture = _middle(picture, self.size)
+            return _to_pixels(self._look(picture, view or WHOLE))
         with _seeded(seed):
-            pixels = self._to_pixels(picture if self.augmentation is None else self.augmentation(picture))
+            picture = self._look(picture, view or self._draw(picture))
+            pixels = _to_pixels(picture if self.recolor is None else self.recolor(picture))
             return pixels if self.erasing is None else self.erasing(pixels)
 
-    def _to_pixels(self, picture: Image.Image) -> Tensor:
-        if self.center_crop:
-            picture = _middle(picture, self.size)
+    def draw_view(self, picture: Image.Image, seed: int) -> ImageView:
+        """The view of ``picture`` that ``seed`` decides: with it or with the seed alone, a call gives the same crop."""
+        if not _draws_views(self.augment):
+            return WHOLE
+        with _seeded(seed):
+            return self._draw(picture)
+
+    def _draw(self, picture: Image.Image) -> ImageView:
+        # Takes a second or two to import, which every command would wait for.
+        from torchvision.transforms import RandomResizedCrop
+
+        assert self.augment is not None
+        box = None
+        if self.augment.crop_scale is not None:
+            scale, ratio = [self.augment.crop_scale, 1.0], [3 / 4, 4 / 3]
+            top, left, height, width = RandomResizedCrop.get_params(picture, scale, ratio)
+            box = (left, top, width, height)
+        return ImageView(box, bool(torch.rand(1) < 0.5) if self.augment.flip else False)
+
+    def _look(self, picture: Image.Image, view: ImageView) -> Image.Image:
+        if view.box is not None:
+            left, top, width, height = view.box
+            picture = picture.crop((left, top, left + width, top + height))
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else picture
 
 
 @contextmanager
@@ -97,6 +132,10 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(of_numpy)
 
 
+def _to_pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def _middle(picture: Image.Image, size: int) -> Image.Image:
     """The square in the middle, once the short side is ``size``; sizes and edges rounded as torchvision does."""
     width, height = picture.size
@@ -106,21 +145,17 @@ def _middle(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def _augmentation(size: int, augment: AugmentConfig) -> Augmentation | None:
-    """What is random before a picture is pixels, if anything is."""
-    if not (augment.crop_scale or augment.flip or augment.color_jitter or augment.rand_augment or augment.auto_augment):
-        return None
-    # Takes a second or two to import, which every command would wait for.
-    from torchvision.transforms import InterpolationMode, v2
+def _draws_views(augment: AugmentConfig | None) -> bool:
+    return augment is not None and (augment.crop_scale is not None or augment.flip)
 
-    bicubic = InterpolationMode.BICUBIC
+
+def _recoloring(size: int, augment: AugmentConfig) -> Augmentation | None:
+    """What follows the view. RandAugment also turns and shears."""
+    if not (augment.color_jitter or augment.rand_augment or augment.auto_augment):
+        return None
+    from torchvision.transforms import v2
+
     steps: list[Augmentation] = []
-    if augment.crop_scale is not None:
-        steps.append(v2.RandomResizedCrop(size, scale=(augment.crop_scale, 1.0), interpolation=bicubic))
-    else:
-        steps.append(v2.Resize((size, size), interpolation=bicubic))
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip())
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     if augment.rand_augment:

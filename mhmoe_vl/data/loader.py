@@ -126,7 +126,7 @@ class ShardDataset(Dataset[MicroBatch]):
         seed = stable_hash(f"{self.seed}/{ref.source}/{ref.epoch}/{sample.key}/{item}")
         members = self.reader.read(shard, sample)
         try:
-            return source.builder(members, item, key=sample.key, seed=seed)
+            return source.builder(members, item, key=sample.key, seed=seed, epoch=ref.epoch)
         except DataError as error:
             raise DataError(f"{shard.path}: {sample.key}: {error}") from None
 

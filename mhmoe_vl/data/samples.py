@@ -27,6 +27,7 @@ from mhmoe_vl.data.decode import (
 from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.masking import mask_patches, mask_text
 from mhmoe_vl.data.shards import IndexedSample
+from mhmoe_vl.data.stored_codes import StoredCodes
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.errors import DataError
 
@@ -45,8 +46,11 @@ class SampleBuilder(ABC):
         return sample.num_items
 
     @abstractmethod
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         """The example of one item.
+
+        Args:
+            epoch: of the source, for what is not drawn by ``seed``.
 
         Raises:
             DataError: a member is missing or cannot be decoded.
@@ -65,16 +69,21 @@ class PatchMasking:
 
 
 class ImageSamples(SampleBuilder):
-    """Images for masked image modeling, those of pairs and of classes too."""
+    """Images for masked image modeling, those of pairs and of classes too.
+
+    Args:
+        codes: where the shards have the codes of their images.
+    """
 
     shard_kinds = ("image", "pair", "class")
 
-    def __init__(self, transform: ImageTransform, masking: PatchMasking) -> None:
-        self.transform, self.masking = transform, masking
+    def __init__(self, transform: ImageTransform, masking: PatchMasking, codes: StoredCodes | None = None) -> None:
+        self.transform, self.masking, self.codes = transform, masking, codes
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
-        image = self.transform(decode_image(image_member(members)), seed)
-        return Example(key, seed, image=image, image_mask=self.masking(np.random.default_rng(seed)))
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
+        image, codes = _image_and_codes(members, self.transform, self.codes, seed=seed, epoch=epoch)
+        mask = self.masking(np.random.default_rng(seed))
+        return Example(key, seed, image=image, image_mask=mask, image_codes=codes)
 
 
 class TextSamples(SampleBuilder):
@@ -85,7 +94,7 @@ class TextSamples(SampleBuilder):
     def __init__(self, tokenizer: TextTokenizer, length: int, mask_ratio: float) -> None:
         self.tokenizer, self.length, self.mask_ratio = tokenizer, length, mask_ratio
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         rng = np.random.default_rng(seed)
         text = clean_text(decode_text(_member(members, "txt")))
         if not text:
@@ -126,7 +135,7 @@ class DocumentSamples(SampleBuilder):
         size = sample.members["txt"].size if "txt" in sample.members else 1
         return max(1, -(-size // self.segment_bytes))
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         data = _member(members, "txt")
         text = clean_document(decode_text(data[self._cut(data, item) : self._cut(data, item + 1)]))
         if not text:
@@ -172,11 +181,12 @@ class PairSamples(SampleBuilder):
         masking: PatchMasking | None,
         *,
         include_end: bool = False,
+        codes: StoredCodes | None = None,
     ) -> None:
         self.transform, self.tokenizer, self.length = transform, tokenizer, length
-        self.mask_ratio, self.masking, self.include_end = mask_ratio, masking, include_end
+        self.mask_ratio, self.masking, self.include_end, self.codes = mask_ratio, masking, include_end, codes
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         rng = np.random.default_rng(seed)
         captions = captions_of(members)
         if not captions:
@@ -189,10 +199,15 @@ class PairSamples(SampleBuilder):
             rng,
             include_end=self.include_end,
         )
-        image = self.transform(decode_image(image_member(members)), seed)
-        mask = None if self.masking is None else self.masking(rng)
+        image, codes = _image_and_codes(members, self.transform, self.codes, seed=seed, epoch=epoch)
         return Example(
-            image_id_of(members, key), seed, image=image, image_mask=mask, text_ids=ids, text_targets=targets
+            image_id_of(members, key),
+            seed,
+            image=image,
+            image_mask=None if self.masking is None else self.masking(rng),
+            image_codes=codes,
+            text_ids=ids,
+            text_targets=targets,
         )
 
 
@@ -207,7 +222,7 @@ class VqaSamples(SampleBuilder):
         self.transform, self.tokenizer, self.length = transform, tokenizer, length
         self.answer_index = {answer: index for index, answer in enumerate(answers)}
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         question = _item(decode_json(_member(members, "json")), "questions", item)
         scores = torch.zeros(len(self.answer_index))
         for answer, score in question.get("labels", {}).items():
@@ -230,7 +245,7 @@ class Nlvr2Samples(SampleBuilder):
     def __init__(self, transform: ImageTransform, tokenizer: TextTokenizer, length: int) -> None:
         self.transform, self.tokenizer, self.length = transform, tokenizer, length
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         example = _item(decode_json(_member(members, "json")), "examples", item)
         label = example.get("label")
         return Example(
@@ -252,7 +267,7 @@ class ClassSamples(SampleBuilder):
         self.transform = transform
         self.class_index = {name: index for index, name in enumerate(classes)}
 
-    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
+    def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         name = class_of(members)
         if name not in self.class_index:
             raise DataError(f"class '{name}' is not in the list of classes; pack with --classes of the training set")
@@ -276,6 +291,14 @@ def image_id_of(members: Mapping[str, bytes], key: str) -> str:
     """The data set's own id of an image, or the key of its sample."""
     fields = decode_json(members["json"]) if "json" in members else {}
     return str(fields.get("image_id", key))
+
+
+def _image_and_codes(
+    members: Mapping[str, bytes], transform: ImageTransform, stored: StoredCodes | None, *, seed: int, epoch: int
+) -> tuple[Tensor, Tensor | None]:
+    """The image of a sample; with stored codes the view of it that they belong to, and they."""
+    view, codes = (None, None) if stored is None else stored.of(members, epoch)
+    return transform(decode_image(image_member(members)), seed, view), codes
 
 
 def _member(members: Mapping[str, bytes], name: str) -> bytes:

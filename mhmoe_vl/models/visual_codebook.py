@@ -94,3 +94,8 @@ def to_patches(image_B3HW: Tensor, patch_size: int) -> Tensor:
     """Non-overlapping patches ``[B, P, 3 * patch_size^2]``, row by row, channels first within a patch."""
     grid = image_B3HW.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
     return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def perplexity_of(counts_K: Tensor) -> float:
+    """Number of equally frequent codes that would be as hard to guess as these, of counts ``[K]``: 1 to K."""
+    return float(torch.special.entr(counts_K.double() / counts_K.sum()).sum().exp())

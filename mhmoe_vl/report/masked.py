@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mhmoe_vl.analysis.codebook.measure import to_bytes
 from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.data.masking import IGNORE
 from mhmoe_vl.data.plan import SampleRef
@@ -123,8 +124,8 @@ def _masked_images(
         .repeat_interleave(codebook.patch_size, 1)
         .repeat_interleave(codebook.patch_size, 2)[:, None]
     )
-    predicted = _pixels(codebook.decode(predicted_BP, (rows, columns)))
-    reconstructed = _pixels(codebook.decode(true_BP, (rows, columns)))
+    predicted = to_bytes(codebook.decode(predicted_BP, (rows, columns)))
+    reconstructed = to_bytes(codebook.decode(true_BP, (rows, columns)))
     versions = (
         image_B3HW,
         image_B3HW.masked_fill(hidden_B1HW, _GRAY),
@@ -135,11 +136,6 @@ def _masked_images(
     num_right = ((predicted_BP == true_BP) & mask_BP).sum(1).tolist()
     num_masked = mask_BP.sum(1).tolist()
     return [MaskedImage(*fields) for fields in zip(*pictures, num_right, num_masked, strict=True)]
-
-
-def _pixels(image: Tensor) -> Tensor:
-    """Values in [-1, 1] to uint8."""
-    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _words(tokenizer: TextTokenizer, ids: list[int], targets: list[int], predicted: list[int]) -> list[Word]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mhmoe_vl
+from mhmoe_vl.analysis.codebook.measure import measure_tokenizer
 from mhmoe_vl.analysis.measure import analyse_experts
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
+from mhmoe_vl.report.codebook import CodebookView, view_codebook
 from mhmoe_vl.report.collect import RunRecord, cost_parity
 from mhmoe_vl.report.experts import AnalysisView, view_analysis
 from mhmoe_vl.report.figures import score_bars
@@ -47,6 +49,9 @@ _SAMPLES_OF: dict[str, Callable[..., list[Any]]] = {
     "retrieval": retrieval_samples,
     "classification": class_samples,
 }
+#: Held-out images that the codes of the pretraining run are counted on.
+_IMAGES_OF_CODEBOOK = 256
+_CODES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
     notes: list[str] = []
     masked: dict[str, list[MaskedSample]] = {}
     analyses: list[tuple[RunRecord, AnalysisView]] = []
+    codebooks: list[CodebookView] = []
     try:
+        codebooks = _codebooks(runs, options)
         masked = _masked(runs, world, options)
         analyses = _analyses(runs, world, options)
     except DataError as error:
@@ -99,6 +106,7 @@ def render_page(runs: Sequence[RunRecord], world: World, options: ReportOptions)
         "progress": [(run, of_run) for run in runs if (of_run := progress(run)) is not None],
         "experts": [(run, use) for run in runs if (use := expert_use(run)) is not None],
         "analyses": analyses,
+        "codebooks": codebooks,
         "masked": masked,
         "samples": samples,
         "notes": notes,
@@ -147,6 +155,33 @@ def _analyses(runs: Sequence[RunRecord], world: World, options: ReportOptions) -
             found = analyse_experts(trained, run.config.data.validation, num_samples=options.num_analysed)
             analyses.append((run, view_analysis(found)))
     return analyses
+
+
+def _codebooks(runs: Sequence[RunRecord], options: ReportOptions) -> list[CodebookView]:
+    """Of the visual tokenizer of the pretraining run, on its held-out images.
+
+    Raises:
+        DataError: the shards cannot be read.
+    """
+    if options.num_samples == 0:
+        return []
+    views = []
+    for run in _pretrained(runs):
+        sources = run.config.data.validation.values()
+        shards = list(dict.fromkeys(path for source in sources if source.kind != "text" for path in source.paths))
+        if shards:
+            health = measure_tokenizer(
+                run.directory / run_directory.CODEBOOK,
+                shards,
+                image_size=run.config.model.image_size,
+                max_images=_IMAGES_OF_CODEBOOK,
+                num_codes_shown=_CODES_SHOWN,
+                num_pictures=0,
+            )
+            for warning in health.warnings:
+                logger.warning("%s: visual tokenizer: %s", run.directory, warning)
+            views.append(view_codebook(health))
+    return views
 
 
 def _pretrained(runs: Sequence[RunRecord]) -> list[RunRecord]:

@@ -75,7 +75,8 @@ class PretrainTask(Task):
             routings += encoded.routings
             prefix = "pair_" if batch.image is not None and batch.text_ids is not None else ""
             if batch.image is not None and batch.image_mask is not None:
-                codes = self.codebook.encode(batch.image).masked_fill(~batch.image_mask, -100)
+                codes = self.codebook.encode(batch.image) if batch.image_codes is None else batch.image_codes
+                codes = codes.masked_fill(~batch.image_mask, -100)
                 loss, correct = masked_cross_entropy(self.mim_head, encoded.vision[:, 1:], codes)
                 self._add(output, f"{prefix}mim", loss, correct, (codes != -100).sum(), totals)
             if batch.text_targets is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from mhmoe_vl.data.coded_views import CodesOrigin
+from mhmoe_vl.data.files import sha256_of
 from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source
 from mhmoe_vl.data.plan import MixturePlan
@@ -25,6 +27,7 @@ from mhmoe_vl.data.samples import (
     TextSamples,
     VqaSamples,
 )
+from mhmoe_vl.data.stored_codes import StoredCodes
 from mhmoe_vl.data.stream import StreamSource
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.distributed.weights import load_weights
@@ -140,15 +143,23 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
     """Sources of one split, with augmentation only in training.
 
     Validation has its own fixed seed, so that its masks are the same in every run and at every step.
+
+    Raises:
+        ConfigError: shards with visual codes that are not those of the run's tokenizer and views.
+        DataError: shards, or a file that the task needs, are missing or malformed.
     """
     tokenizer = load_tokenizer(config)
     built: dict[str, Source | StreamSource] = {}
     for name, source in sources.items():
-        samples = _build_samples(config, source, tokenizer, training=training)
+        codes = _stored_codes(config, training=training) if source.codes else None
+        samples = _build_samples(config, source, tokenizer, codes, training=training)
         if source.is_stream:
             built[name] = StreamSource(name, source.paths, samples, buffer_size=source.stream_buffer)
         else:
-            built[name] = Source(name, source.paths, samples)
+            indexed = built[name] = Source(name, source.paths, samples)
+            if codes is not None:
+                for shard in indexed.shards:
+                    codes.check(f"data.{'train' if training else 'validation'}.{name}", shard)
     return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
 
 
@@ -191,14 +202,28 @@ def data_checksums(dataset: ShardDataset) -> dict[str, str | None]:
     return checksums
 
 
+def _stored_codes(config: RunConfig, *, training: bool) -> StoredCodes:
+    """What the codes in shards must be, to be those that the run's own visual tokenizer would give."""
+    model, task, augment = config.model, config.task, config.data.augment
+    assert isinstance(task, PretrainConfig)
+    origin = CodesOrigin(
+        tokenizer=sha256_of(task.visual_codebook),
+        image_size=model.image_size,
+        crop_scale=augment.crop_scale if training else None,
+        flip=augment.flip if training else False,
+    )
+    num_patches = (model.image_size // model.patch_size) ** 2
+    return StoredCodes(origin, num_patches=num_patches, num_codes=model.num_visual_codes)
+
+
 def _build_samples(
-    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, *, training: bool
+    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, codes: StoredCodes | None, *, training: bool
 ) -> SampleBuilder:
     data, model, task = config.data, config.model, config.task
     transform = ImageTransform(model.image_size, data.augment if training else None, center_crop=data.center_crop)
     masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
     if source.kind == "image":
-        return ImageSamples(transform, masking)
+        return ImageSamples(transform, masking, codes)
     if isinstance(task, LanguageModelingConfig):
         return DocumentSamples(tokenizer, data.text_length, task.segment_size(data.text_length))
     if source.kind == "text":
@@ -215,7 +240,7 @@ def _build_samples(
         return PairSamples(transform, tokenizer, data.text_length, task.mask_ratio, None, include_end=True)
     if isinstance(task, RetrievalConfig):
         return PairSamples(transform, tokenizer, data.text_length, 0.0, None)
-    return PairSamples(transform, tokenizer, data.text_length, data.pair_text_mask_ratio, masking)
+    return PairSamples(transform, tokenizer, data.text_length, data.pair_text_mask_ratio, masking, codes=codes)
 
 
 def initial_weights(task: Task, directory: str) -> dict[str, torch.Tensor]:

@@ -45,12 +45,15 @@ class SourceConfig(Config):
             also URLs, which are streamed and not exactly resumable.
         weight: share of each step, on any scale; left alone where ``data.sampling_alpha`` decides.
         stream_buffer: undecoded samples that each reader of a stream keeps to draw from.
+        codes: the shards have the visual codes of their images (``data_prep.tokenize_images``); pretraining takes the
+            stored views and their codes, view e mod V in epoch e, in place of drawing crops and calling the tokenizer.
     """
 
     kind: Literal["image", "text", "pair", "vqa", "nlvr2", "class"]
     shards: tuple[str, ...] | str
     weight: Annotated[float, Field(gt=0)] = 1.0
     stream_buffer: Positive = 1000
+    codes: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -154,6 +157,8 @@ class RunConfig(Config):
                         f"data.{split}.{name}.shards: URLs are streamed for training on {', '.join(STREAMED_KINDS)} "
                         "only; copy these shards to a local or mounted folder"
                     )
+                if source.codes:
+                    self._check_codes(f"data.{split}.{name}", source)
         if not self.data.train:
             raise ValueError("data.train: needs at least one source")
         if self.data.text_length > self.model.max_text_length:
@@ -171,6 +176,21 @@ class RunConfig(Config):
         if self.expert_parallel > 1:
             self._check_expert_parallel()
         return self
+
+    def _check_codes(self, key: str, source: SourceConfig) -> None:
+        if self.task.kind != "pretrain" or source.kind == "text":
+            raise ValueError(f"{key}.codes: only pretraining on images and pairs predicts visual codes; leave it out")
+        if source.is_stream:
+            raise ValueError(
+                f"{key}.codes: a stream has no epochs, by which stored views are taken; copy these shards to a local "
+                "or mounted folder"
+            )
+        augment = self.data.augment
+        if key.startswith("data.train.") and (augment.color_jitter or augment.rand_augment):
+            raise ValueError(
+                f"{key}.codes: codes were made from views without colour jitter and RandAugment, and would not be "
+                "those of the images; set data.augment.color_jitter=0 and data.augment.rand_augment=false"
+            )
 
     def _check_sampling(self) -> None:
         for name, source in self.data.train.items():

@@ -33,24 +33,9 @@ def packing_parser(
     description: str | None, *, has_images: bool = True, has_holdout: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with the options of every packing script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set to write")
-    parser.add_argument("--name", help="shards are called NAME-00000.tar (default: the name of --out)")
+    parser = output_parser(description)
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N")
-    parser.add_argument(
-        "--workers", type=positive_int, default=1, metavar="N", help="processes; the result is the same"
-    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="pack at most N samples (per data set)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the data set that is in --out, once the new one is complete"
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=fraction,
-        default=0.05,
-        metavar="SHARE",
-        help="exit with 65 if a larger share of the source was unusable (default 0.05)",
-    )
     if has_images:
         parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="image paths are relative to it")
         parser.add_argument(
@@ -67,6 +52,27 @@ def packing_parser(
             help="write this share of the samples, chosen by hash of the key (texts: of the text), to a second data "
             "set OUT-val",
         )
+    return parser
+
+
+def output_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of everything that writes a data set."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set to write")
+    parser.add_argument("--name", help="shards are called NAME-00000.tar (default: the name of --out)")
+    parser.add_argument(
+        "--workers", type=positive_int, default=1, metavar="N", help="processes; the result is the same"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the data set that is in --out, once the new one is complete"
+    )
+    parser.add_argument(
+        "--max-skipped",
+        type=fraction,
+        default=0.05,
+        metavar="SHARE",
+        help="exit with 65 if a larger share of the source was unusable (default 0.05)",
+    )
     return parser
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl.data.files import TEMPORARY_SUFFIX, write_atomically
+from mhmoe_vl.data.prepare.shard_writer import ShardPlace
 from mhmoe_vl.data.shards import MANIFEST, UNFINISHED, Manifest, encode_json, index_path, is_file_name, read_manifest
 from mhmoe_vl.errors import DataError, OutputError
 
@@ -59,6 +60,10 @@ class OutputFolder:
         self.replaces = overwrite or (self._goes_on and began_to_replace)
         if not self.replaces and (has_begun or manifest):
             self._check_settings(begun["settings"] if has_begun else manifest.settings)  # type: ignore[union-attr]
+
+    def place(self, name: str) -> ShardPlace:
+        """Where the shard ``name`` is written."""
+        return ShardPlace(self.staging / name, self.directory / name, self.replaces)
 
     def begin(self) -> None:
         """Make the staging folder; what an interrupted run of the same settings left in it is kept.

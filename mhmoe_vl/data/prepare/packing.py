@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mhmoe_vl import __version__
 from mhmoe_vl.data.prepare.output_folder import OutputFolder
@@ -26,6 +26,8 @@ from mhmoe_vl.errors import DataError
 MANIFEST_FORMAT = "mhmoe_vl/manifest/1"
 SKIPPED = "skipped.jsonl"
 
+JobT = TypeVar("JobT")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -36,7 +38,7 @@ class Packing:
         directory: the data set's folder; holds nothing else.
         name: shards are called ``{name}-00000.tar`` and so on.
         images: the folder that the records' image paths are relative to.
-        samples_per_shard: records planned for a shard; unusable ones leave it smaller.
+        samples_per_shard: records planned for a shard; unusable ones leave it smaller. None where other shards decide.
         image_size: make images smaller, see :func:`mhmoe_vl.data.prepare.images.load_image`.
         limit: pack only so many records.
         keys_ascend: the reader gives every record a larger key than the one before, so that keys need not be remembered
@@ -50,7 +52,7 @@ class Packing:
     directory: Path
     name: str
     images: Path | None = None
-    samples_per_shard: int = 1000
+    samples_per_shard: int | None = 1000
     image_size: int | None = None
     limit: int | None = None
     keys_ascend: bool = False
@@ -101,25 +103,49 @@ def pack(records: Iterable[Record | Skip], packing: Packing) -> PackingReport:
     folder = output_folder(packing)
     skipped_by_reader: list[Skip] = []
     jobs = _plan_shards(records, packing, folder, skipped_by_reader)
+    total = _num_expected(records, packing.limit)
+    return write_data_set(jobs, write_shard, packing, folder, skipped=skipped_by_reader, total=total)
+
+
+def write_data_set(
+    jobs: Iterator[JobT],
+    write: Callable[[JobT], ShardResult],
+    packing: Packing,
+    folder: OutputFolder,
+    *,
+    skipped: list[Skip],
+    total: int | None = None,
+    label: str = "packing",
+) -> PackingReport:
+    """Write shards in processes, and then publish them with ``skipped.jsonl`` and ``manifest.json``.
+
+    Args:
+        write: writes the shard of a job, in a worker process.
+        skipped: what was left out before there were jobs; may grow while jobs are made.
+        total: samples, if it is known how many there will be.
+
+    Raises:
+        OutputError, NothingPackedError: as :func:`pack`.
+    """
     first_job = next(jobs, None)
     if first_job is None:
-        raise NothingPackedError(packing.directory, skipped_by_reader)
+        raise NothingPackedError(packing.directory, skipped)
     folder.begin()
     try:
         results = list(
             show_progress(
-                map_in_processes(write_shard, chain([first_job], jobs), num_workers=packing.num_workers),
-                label=f"packing {packing.name}",
+                map_in_processes(write, chain([first_job], jobs), num_workers=packing.num_workers),
+                label=f"{label} {packing.name}",
                 amount=lambda result: result.num_samples + len(result.skipped),
-                total=_num_expected(records, packing.limit),
+                total=total,
             )
         )
-        skipped = (*skipped_by_reader, *(skip for result in results for skip in result.skipped))
+        left_out = (*skipped, *(skip for result in results for skip in result.skipped))
         written = [result for result in results if result.num_samples]
         if not written:
-            raise NothingPackedError(packing.directory, skipped)
-        files = {**packing.files, SKIPPED: b"".join(encode_json(skip._asdict()) for skip in skipped)}
-        folder.publish([result.name for result in written], files, _manifest(packing, written, skipped, files))
+            raise NothingPackedError(packing.directory, left_out)
+        files = {**packing.files, SKIPPED: b"".join(encode_json(skip._asdict()) for skip in left_out)}
+        folder.publish([result.name for result in written], files, _manifest(packing, written, left_out, files))
     finally:
         folder.discard_if_empty()
     return PackingReport(
@@ -127,7 +153,7 @@ def pack(records: Iterable[Record | Skip], packing: Packing) -> PackingReport:
         len(written),
         sum(result.num_samples for result in written),
         sum(result.num_items for result in written),
-        skipped,
+        left_out,
     )
 
 
@@ -182,8 +208,7 @@ def _plan_shards(
 
     def job() -> ShardJob:
         name = f"{packing.name}-{num_shards:05d}.tar"
-        places = folder.staging / name, folder.directory / name
-        return ShardJob(*places, folder.replaces, packing.kind, tuple(chunk), packing.images, packing.image_size)
+        return ShardJob(folder.place(name), packing.kind, tuple(chunk), packing.images, packing.image_size)
 
     for record in records:
         if isinstance(record, Skip):

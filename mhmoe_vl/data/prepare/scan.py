@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
 
+from mhmoe_vl.data.coded_views import CODED_KINDS
+from mhmoe_vl.data.coded_views import MEMBER as CODES_MEMBER
 from mhmoe_vl.data.decode import IMAGE_EXTENSIONS, captions_of, clean_text, decode_json, decode_text, image_name
 from mhmoe_vl.data.shards import KINDS, MAX_MEMBER_BYTES, IndexedSample, Member, ShardIndex, Skip, split_member_name
 from mhmoe_vl.errors import DataError
@@ -200,15 +202,18 @@ def _wanted_members(kind: str, places: _Places) -> list[str]:
     missing = [what for name, what in zip(required, wanted, strict=True) if name is None]
     if missing:
         dotted = [
-            name for name in places if name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "txt", "json") and "." in name
+            name
+            for name in places
+            if name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "txt", "json") and "." in name and name != CODES_MEMBER
         ]
         if dotted:
             raise _UnusableSampleError(
                 "dot_in_key", f"a key must not contain a dot, so '.{dotted[0]}' is read as the extension"
             )
         raise _UnusableSampleError("incomplete", f"has {', '.join(sorted(places))} and lacks: {', '.join(missing)}")
-    optional = [name for name in ("txt", "json") if name in places and kind in ("image", "text", "pair")]
-    return sorted({name for name in required if name is not None} | set(optional))
+    optional = {name for name in ("txt", "json") if name in places and kind in ("image", "text", "pair")}
+    coded = {CODES_MEMBER} if CODES_MEMBER in places and kind in CODED_KINDS else set()
+    return sorted({name for name in required if name is not None} | optional | coded)
 
 
 def _count_items(kind: str, contents: dict[str, bytes]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from mhmoe_vl.errors import DataError, OutputError
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """One shard to write.
+class ShardPlace:
+    """Where a shard is written.
 
     Attributes:
         path: where to write it.
@@ -41,6 +42,13 @@ class ShardJob:
     path: Path
     published: Path
     replaces: bool
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write from records."""
+
+    place: ShardPlace
     kind: str
     records: tuple[Record, ...]
     images: Path | None
@@ -71,26 +79,40 @@ def write_shard(job: ShardJob) -> ShardResult:
     """Write the shard and its index, unless they are there already.
 
     Raises:
+        OutputError: as :func:`write_samples`.
+    """
+    return write_samples(job.place, job.kind, job.plan, partial(_usable_samples, job))
+
+
+def write_samples(
+    place: ShardPlace, kind: str, plan: str, samples_of: Callable[[list[Skip]], Iterator[dict[str, Any]]]
+) -> ShardResult:
+    """Write a shard of samples and its index, unless a shard of the same ``plan`` is there already.
+
+    Args:
+        plan: hash of everything that decides the samples.
+        samples_of: gives the samples as webdataset writes them, and notes in the list what it leaves out.
+
+    Raises:
         OutputError: the shard cannot be written, or the one that is there was packed from other records.
     """
-    plan = job.plan
-    for place in (job.path,) if job.replaces else (job.path, job.published):
-        index = _finished_index(place)
+    for path in (place.path,) if place.replaces else (place.path, place.published):
+        index = _finished_index(path)
         if index is not None and index.plan == plan:
             return _result(index)
-        if index is not None and not job.replaces:
+        if index is not None and not place.replaces:
             raise OutputError(
-                f"{place}: was packed from other records or options; add --overwrite, or choose another --out"
+                f"{path}: was packed from other records or options; add --overwrite, or choose another --out"
             )
     skipped: list[Skip] = []
-    samples = _usable_samples(job, skipped)
+    samples = samples_of(skipped)
     first = next(samples, None)
     if first is None:
-        return ShardResult(job.path.name, 0, 0, 0, "", tuple(skipped))
-    with completed(job.path) as temporary:
+        return ShardResult(place.path.name, 0, 0, 0, "", tuple(skipped))
+    with completed(place.path) as temporary:
         _write_tar(temporary, chain([first], samples))
-        scanned = scan_shard(temporary, kind=job.kind)
-    index = replace(scanned, path=job.path, plan=plan, skipped=(*skipped, *scanned.skipped))
+        scanned = scan_shard(temporary, kind=kind)
+    index = replace(scanned, path=place.path, plan=plan, skipped=(*skipped, *scanned.skipped))
     write_index(index)
     return _result(index)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mhmoe_vl.data.coded_views import MEMBER, CodesOrigin, parse_codes
 from mhmoe_vl.data.decode import decode_image, image_member
 from mhmoe_vl.data.prepare.processes import map_in_processes
 from mhmoe_vl.data.prepare.progress import show_progress
@@ -61,8 +62,9 @@ def verify_shards(
 
     Returns:
         One check per shard, and one for each other file of a folder with a problem. Problems are unusable samples, a
-        missing or differing index, images that cannot be decoded, keys that an earlier shard has, another kind than
-        the folder's first shard, and differences from the folder's manifest.
+        missing or differing index, images that cannot be decoded, visual codes that are malformed, made in different
+        ways or there for some samples only, keys that an earlier shard has, another kind than the folder's first shard,
+        and differences from the folder's manifest.
     """
     jobs = [_Job(path, kind, decode, write_indexes) for path in shards]
     checks = list(
@@ -84,6 +86,7 @@ def _check_shard(job: _Job) -> ShardCheck:
         return ShardCheck(job.path, None, (Skip(name, "broken_shard", str(error)),))
     problems = [Skip(f"{name}: {skip.source}", skip.reason, skip.detail) for skip in found.skipped]
     problems += _undecodable_images(found) if job.decode else []
+    problems += _unusable_codes(found)
     difference = _compare_with_index(job.path, found)
     if difference and job.write_index:
         write_index(found)
@@ -116,6 +119,32 @@ def _undecodable_images(index: ShardIndex) -> list[Skip]:
             except DataError as error:
                 reason = getattr(error, "reason", "unreadable")
                 problems.append(Skip(f"{index.path.name}: {sample.key}", reason, str(error)))
+    return problems
+
+
+def _unusable_codes(index: ShardIndex) -> list[Skip]:
+    """Of shards whose images are tokenized: all samples have codes, all made in the same way."""
+    if not any(MEMBER in sample.members for sample in index.samples):
+        return []
+    problems = []
+    reader = ShardReader()
+    first: tuple[CodesOrigin, int, int] | None = None
+    for sample in index.samples:
+        where = f"{index.path.name}: {sample.key}"
+        if MEMBER not in sample.members:
+            problems.append(Skip(where, "no_codes", f"other samples of the shard have a .{MEMBER} member"))
+            continue
+        only_codes = sample._replace(members={MEMBER: sample.members[MEMBER]})
+        try:
+            origin, views = parse_codes(reader.read(index, only_codes)[MEMBER])
+        except DataError as error:
+            problems.append(Skip(where, "bad_codes", str(error)))
+            continue
+        made = (origin, len(views), len(views[0].codes))
+        first = first or made
+        if made != first:
+            detail = "another tokenizer, image size, kind of crop, number of views or of codes than the first sample"
+            problems.append(Skip(where, "mixed_codes", detail))
     return problems
 
 

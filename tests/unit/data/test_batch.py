@@ -22,6 +22,7 @@ def example(number: int, text: list[int]) -> Example:
         image=torch.full((3, 4, 4), number, dtype=torch.uint8),
         right_image=torch.full((3, 4, 4), number + 100, dtype=torch.uint8),
         image_mask=torch.tensor([True, False, False, number == 1]),
+        image_codes=torch.tensor([5, 6, 7, number]),
         text_ids=text,
         text_targets=[IGNORE, *text[1:]],
         answer_scores=torch.tensor([0.3, number]),
@@ -41,6 +42,7 @@ def test_texts_are_padded_to_the_longest_and_the_rest_is_stacked() -> None:
     assert batch.image[1].unique().tolist() == [1]  # type: ignore[index]
     assert batch.right_image[1].unique().tolist() == [101]  # type: ignore[index]
     assert batch.image_mask.sum(1).tolist() == [1, 2]  # type: ignore[union-attr]
+    assert batch.image_codes.tolist() == [[5, 6, 7, 0], [5, 6, 7, 1]]  # type: ignore[union-attr]
     assert batch.answer_scores.tolist() == [[pytest.approx(0.3), 0], [pytest.approx(0.3), 1]]  # type: ignore[union-attr]
     assert batch.label.tolist() == [0, 1]  # type: ignore[union-attr]
     assert batch.problems == ("one",)

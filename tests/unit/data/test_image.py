@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from torchvision.transforms import v2
 
+from mhmoe_vl.data.coded_views import WHOLE, ImageView
 from mhmoe_vl.data.image import AugmentConfig, ImageTransform
+from mhmoe_vl.data.rand_augment import RandAugment
 from mhmoe_vl.errors import ConfigError
 
 EVERYTHING = AugmentConfig(crop_scale=0.3, flip=True, color_jitter=0.4, rand_augment=True)
@@ -32,7 +35,7 @@ def test_without_augmentation_it_is_pillow_s_bicubic_resize_whatever_the_seed() 
     image = picture()
     expected = torch.from_numpy(np.array(image.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     for transform in (ImageTransform(16), ImageTransform(16, AugmentConfig(crop_scale=None, flip=False))):
-        assert transform.augmentation is None
+        assert not transform.is_random
         assert torch.equal(transform(image, 1), expected)
         assert torch.equal(transform(image, 2), expected)
 
@@ -67,6 +70,47 @@ def test_randomness_comes_from_the_seed_alone(augment: AugmentConfig, monkeypatc
     assert len({tuple(pixels.flatten().tolist()) for pixels in results[0]}) > 1
 
 
+@pytest.mark.parametrize("crop_scale", [0.3, None])
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+@pytest.mark.parametrize("rand_augment", [True, False])
+def test_it_is_what_torchvision_composes(
+    crop_scale: float | None, flip: bool, color_jitter: float, rand_augment: bool
+) -> None:
+    """The same numbers are drawn in the same order, and views of pictures that are as large as the result too."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    steps: list[torch.nn.Module] = [v2.Resize((16, 16), interpolation=bicubic)]
+    if crop_scale:
+        steps = [v2.RandomResizedCrop(16, scale=(crop_scale, 1.0), interpolation=bicubic)]
+    steps += [v2.RandomHorizontalFlip()] if flip else []
+    steps += [v2.ColorJitter(0.4, 0.4, 0.4)] if color_jitter else []
+    steps += [RandAugment()] if rand_augment else []  # type: ignore[list-item]
+    augment = AugmentConfig(crop_scale=crop_scale, flip=flip, color_jitter=color_jitter, rand_augment=rand_augment)
+    transform = ImageTransform(16, augment)
+    for seed in range(8):
+        image = picture(((48, 40), (16, 16), (9, 70))[seed % 3])
+        torch.default_generator.manual_seed(seed)
+        expected = torch.from_numpy(np.array(v2.Compose(steps)(image))).permute(2, 0, 1)
+        assert torch.equal(transform(image, seed), expected)
+        if not color_jitter and not rand_augment:
+            assert torch.equal(transform(image, 99, transform.draw_view(image, seed)), expected)
+
+
+def test_a_view_can_be_given_instead_of_drawn() -> None:
+    image = picture((48, 40))
+    transform = ImageTransform(16, AugmentConfig())
+    views = {transform.draw_view(image, seed) for seed in range(10)}
+    assert len(views) == 10
+    for seed, view in enumerate(views):
+        assert torch.equal(transform(image, 77, view), transform(image, seed, view))
+    left, top, width, height = 8, 4, 16, 16
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, top : top + height, left : left + width]
+    for whose in (transform, ImageTransform(16)):
+        assert torch.equal(whose(image, 0, ImageView((left, top, width, height), False)), pixels)
+        assert torch.equal(whose(image, 0, ImageView((left, top, width, height), True)), pixels.flip(-1))
+    assert torch.equal(transform(image, 0, WHOLE), ImageTransform(16)(image, 0))
+
+
 @pytest.mark.parametrize("augment", [EVERYTHING, AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1")])
 def test_the_global_generators_are_left_as_they_were(augment: AugmentConfig) -> None:
     torch.default_generator.manual_seed(5)
@@ -78,10 +122,8 @@ def test_the_global_generators_are_left_as_they_were(augment: AugmentConfig) -> 
 
 @pytest.mark.parametrize("size", [(48, 40), (40, 51), (17, 16), (3, 200)])
 def test_the_middle_is_cut_out_as_torchvision_does(size: tuple[int, int]) -> None:
-    from torchvision.transforms import InterpolationMode, v2
-
     image = picture(size)
-    expected = v2.Compose([v2.Resize(16, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(16)])(image)
+    expected = v2.Compose([v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)])(image)
     pixels = ImageTransform(16, center_crop=True)(image, 0)
     assert torch.equal(pixels, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
     # In training a crop is random, or there is none.

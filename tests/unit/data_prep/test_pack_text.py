@@ -281,7 +281,7 @@ def test_an_interrupted_packing_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     def write_two(job: Any) -> Any:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(job.path.name)
+        written.append(job.place.path.name)
         return write(job)
 
     with monkeypatch.context() as patch:

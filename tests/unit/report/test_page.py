@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
 
 def test_every_section_of_what_is_there_and_no_other(page: str) -> None:
     sections = re.findall(r'<section id="([^"]*)"', page)
-    assert sections == ["scores", "curves", "experts", "analysis", "masked", "samples-vqa", "made"]
+    assert sections == ["scores", "curves", "experts", "analysis", "codebook", "masked", "samples-vqa", "made"]
     assert re.findall(r'<a href="#([^"]*)"', page) == sections
 
 
@@ -188,7 +188,7 @@ def test_experts_are_analysed_on_the_validation_of_the_run(page: str) -> None:
 
 def test_the_analysis_can_be_left_out(runs: Path, tmp_path: Path) -> None:
     page = report(runs, tmp_path / "report.html", "pretrain", options=("--num-analysed", "0"))
-    assert re.findall(r'<section id="([^"]*)"', page) == ["curves", "experts", "masked", "made"]
+    assert re.findall(r'<section id="([^"]*)"', page) == ["curves", "experts", "codebook", "masked", "made"]
 
 
 def test_alarms_of_the_run_are_told(runs: Path, tmp_path: Path) -> None:
@@ -202,6 +202,15 @@ def test_alarms_of_the_run_are_told(runs: Path, tmp_path: Path) -> None:
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     page = report(tmp_path, tmp_path / "report.html", "pretrain")
     assert '<span class="wrong">Alarm:</span> block1/text: dead experts in steps 1 to 4' in page
+
+
+def test_the_codes_of_the_run_are_counted_on_its_validation(page: str) -> None:
+    section = page[page.index('<section id="codebook"') : page.index('<section id="masked"')]
+    assert "12 held-out images" in section
+    assert "48 patches" in section
+    assert "one code takes 54.2% of all patches" in section  # images of noise, whose patches are all of middle gray
+    assert "whether too few are\nused is not judged" in section
+    assert section.count(', decoded">') == section.count('alt="patches of code') == 2
 
 
 def test_masked_pairs_have_four_pictures_and_their_words(page: str) -> None:

@@ -1,0 +1,1 @@
+"""How a visual tokenizer uses its codes, and what it keeps of the images."""
