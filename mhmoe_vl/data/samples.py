@@ -65,16 +65,17 @@ class PatchMasking:
 
 
 class ImageSamples(SampleBuilder):
-    """Images for masked image modeling, those of pairs and of classes too."""
+    """Images for masked image modeling, or whole for a visual tokenizer; those of pairs and of classes too."""
 
     shard_kinds = ("image", "pair", "class")
 
-    def __init__(self, transform: ImageTransform, masking: PatchMasking) -> None:
+    def __init__(self, transform: ImageTransform, masking: PatchMasking | None) -> None:
         self.transform, self.masking = transform, masking
 
     def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int) -> Example:
         image = self.transform(decode_image(image_member(members)), seed)
-        return Example(key, seed, image=image, image_mask=self.masking(np.random.default_rng(seed)))
+        mask = None if self.masking is None else self.masking(np.random.default_rng(seed))
+        return Example(key, seed, image=image, image_mask=mask)
 
 
 class TextSamples(SampleBuilder):

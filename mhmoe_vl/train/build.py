@@ -31,7 +31,8 @@ from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.config import MODALITIES, ModelConfig
 from mhmoe_vl.models.embeddings import resize_positions
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.teachers import Teacher, build_teacher
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer, load_visual_tokenizer
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
 from mhmoe_vl.tasks.classification import ClassificationConfig, ClassificationTask
@@ -39,6 +40,7 @@ from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageMod
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig, VisualTokenizerTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.config import RunConfig, SourceConfig
@@ -55,9 +57,9 @@ def build_task(config: RunConfig) -> Task:
     """
     torch.manual_seed(config.seed)
     model, task = config.model, config.task
-    codebook, num_answers, num_classes = None, 0, 0
+    codebook, teacher, num_answers, num_classes = None, None, 0, 0
     if isinstance(task, PretrainConfig):
-        codebook = VisualCodebook.load(Path(task.visual_codebook))
+        codebook = load_visual_tokenizer(task.visual_codebook)
         for name, found, wanted in (
             ("num_visual_codes", codebook.num_codes, model.num_visual_codes),
             ("patch_size", codebook.patch_size, model.patch_size),
@@ -70,12 +72,23 @@ def build_task(config: RunConfig) -> Task:
         num_answers = len(load_answers(task.answers))
     if isinstance(task, ClassificationConfig):
         num_classes = len(load_classes(task.classes))
-    return assemble_task(config, codebook=codebook, num_answers=num_answers, num_classes=num_classes)
+    if isinstance(task, VisualTokenizerConfig):
+        teacher = build_teacher(
+            task.teacher, task.teacher_weights, image_size=model.image_size, patch_size=model.patch_size
+        )
+    return assemble_task(config, codebook=codebook, teacher=teacher, num_answers=num_answers, num_classes=num_classes)
 
 
-def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int, num_classes: int) -> Task:
-    """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA, the
-    classes of classification."""
+def assemble_task(
+    config: RunConfig,
+    *,
+    codebook: AnyVisualTokenizer | None,
+    num_answers: int,
+    num_classes: int,
+    teacher: Teacher | None = None,
+) -> Task:
+    """The task from a configuration and what its files hold: the visual tokenizer of pretraining, the answers of VQA,
+    the classes of classification, the teacher of a visual tokenizer."""
     model, task = config.model, config.task
     if isinstance(task, PretrainConfig):
         assert codebook is not None
@@ -90,6 +103,9 @@ def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_ans
         return RetrievalTask(model, task)
     if isinstance(task, ClassificationConfig):
         return ClassificationTask(model, task, num_classes=num_classes)
+    if isinstance(task, VisualTokenizerConfig):
+        assert teacher is not None
+        return VisualTokenizerTask(model, task, teacher)
     return CaptioningTask(model, task)
 
 
@@ -127,6 +143,7 @@ def _load_list(path: str | Path, key: str, what: str, program: str) -> list[str]
 
 def load_tokenizer(config: RunConfig) -> TextTokenizer:
     """The text tokenizer, checked against the model's vocabulary."""
+    assert config.data.text_tokenizer is not None
     tokenizer = TextTokenizer.load(config.data.text_tokenizer)
     if tokenizer.num_tokens > config.model.vocab_size:
         raise ConfigError(
@@ -141,7 +158,7 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
 
     Validation has its own fixed seed, so that its masks are the same in every run and at every step.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer = None if config.data.text_tokenizer is None else load_tokenizer(config)
     built: dict[str, Source | StreamSource] = {}
     for name, source in sources.items():
         samples = _build_samples(config, source, tokenizer, training=training)
@@ -149,7 +166,8 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
             built[name] = StreamSource(name, source.paths, samples, buffer_size=source.stream_buffer)
         else:
             built[name] = Source(name, source.paths, samples)
-    return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
+    pad_id = 0 if tokenizer is None else tokenizer.pad_id
+    return ShardDataset(built, seed=config.seed if training else 0, pad_id=pad_id)
 
 
 def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:
@@ -192,10 +210,13 @@ def data_checksums(dataset: ShardDataset) -> dict[str, str | None]:
 
 
 def _build_samples(
-    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, *, training: bool
+    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer | None, *, training: bool
 ) -> SampleBuilder:
     data, model, task = config.data, config.model, config.task
     transform = ImageTransform(model.image_size, data.augment if training else None)
+    if isinstance(task, VisualTokenizerConfig):
+        return ImageSamples(transform, None)
+    assert tokenizer is not None
     masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
     if source.kind == "image":
         return ImageSamples(transform, masking)
