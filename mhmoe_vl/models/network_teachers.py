@@ -99,7 +99,8 @@ def open_clip_teacher(model: str, weights: str | None, *, grid: int) -> NetworkT
     tower = open_clip.get_model_config(model)
     if tower is None:
         raise ConfigError(f"task.teacher: open_clip has no model '{model}'{suggest(model, open_clip.list_models())}")
-    path, options = None, {}
+    path: Path | None = None
+    options: dict[str, Any] = {}
     if weights != RANDOM:
         path, options = _open_clip_file(name, model, weights)
     patch_size = tower["vision_cfg"].get("patch_size")

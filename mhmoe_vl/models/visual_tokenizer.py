@@ -30,7 +30,8 @@ FORMAT = "mhmoe_vl/visual-tokenizer/1"
 class CodeHead(nn.Module):
     """Hidden state of a patch to a place on the unit sphere: linear, tanh, linear, length 1; in float32 at least.
 
-    Before that ``center_C`` is taken away, which :meth:`center_on` sets once, before the first step (not in BEiT v2). What a fresh encoder gives has most of its length in common; on the sphere all patches would begin in
+    ``center_C`` is taken away before the vector is normalised; :meth:`center_on` sets it once, before the first step
+    (not in BEiT v2). What a fresh encoder gives has most of its length in common: on the sphere all patches would begin in
     one corner, and a small model on few steps may never leave it.
     """
 
@@ -168,7 +169,7 @@ def build_visual_tokenizer(
     Raises:
         KeyError, RuntimeError: tensors that do not fit the model.
     """
-    codes_KC, mean_patches_KM = tensors["codes_KC"], tensors["mean_patches_KM"]
+    codes_KC = tensors["codes_KC"]
     # Whoever loads a tokenizer keeps the random numbers that come next.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         tokenizer = VisualTokenizer(

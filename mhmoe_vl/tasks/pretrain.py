@@ -57,7 +57,7 @@ class PretrainTask(Task):
     @property
     def codebook(self) -> AnyVisualTokenizer:
         """The visual tokenizer, where the task is; no part of it."""
-        return self._codebook.on(self.mim_head.linear.weight.device)
+        return self._codebook.on(next(self.encoder.parameters()).device)
 
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         totals = dict.fromkeys(OBJECTIVES, 0)

@@ -176,8 +176,8 @@ class VisualTokenizerTask(Task):
 
     @torch.no_grad()
     def start(self, outputs: Sequence[TaskOutput]) -> None:
-        """Centre the patches of the step, find codes among them by k-means, and let the decoder know the teacher's mean.
-        Not if one is not finite: the step is going to be skipped, and the next one begins."""
+        """Centre the patches of the step, find codes among them by k-means, and tell the decoder the teacher's mean.
+        Not if a patch is not finite: the step is going to be skipped, and the next one begins."""
         looks = [look for output in outputs for look in cast(TokenizerOutput, output).first_looks]
         raw_NC = torch.cat([look.raw_NC for look in looks])
         if any_rank(not bool(raw_NC.isfinite().all())):

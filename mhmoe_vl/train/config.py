@@ -71,7 +71,8 @@ class DataConfig(Config):
     Attributes:
         train: sources of the training mixture, by name.
         validation: held-out sources; each is scored on its own.
-        text_tokenizer: ``tokenizer.json``; that of the model, where the task reads no text. A visual tokenizer has none.
+        text_tokenizer: ``tokenizer.json``; that of the model, where the task reads no text. A visual tokenizer has
+            none.
         text_length: tokens per text, ``<s>`` and ``</s>`` included; of language modeling, tokens per packed row.
         batch_size: samples per optimizer step, over all ranks and sources.
         sampling_alpha: shares of the sources in proportion to ``size ** sampling_alpha``, size being the number of

@@ -65,8 +65,8 @@ def _mean_patches(
     plan: MixturePlan,
     world: World,
 ) -> Tensor:
-    """The mean of each code's patches in the samples of the first steps, float32 in [-1, 1]; of a code without any, that
-    of all. Collective."""
+    """The mean of each code's patches in the samples of the first steps, float32 in [-1, 1]; of a code without patches,
+    the mean of all. Collective."""
     num_codes, num_values = task.codebook.num_codes, 3 * config.model.patch_size**2
     totals_KM = torch.zeros(num_codes, num_values + 1, dtype=torch.float64)
     loader = train_loader(

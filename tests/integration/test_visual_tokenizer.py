@@ -23,7 +23,6 @@ from mhmoe_vl.train.dry_run import dry_run
 from mhmoe_vl.train.metrics import read_metrics
 from tests.distributed.fork_harness import run_ranks
 from tests.integration.runs import (
-    ALONE,
     figures,
     final_weights,
     language_modeling,
@@ -182,12 +181,12 @@ def test_settings_that_cannot_be(shards: Path, tmp_path: Path) -> None:
     )
     no_words = language_modeling(shards, shards, tmp_path)
     del no_words["data"]["text_tokenizer"]
-    with pytest.raises(ConfigError, match="data.text_tokenizer: missing, and task 'language_modeling' needs one"):
+    with pytest.raises(ConfigError, match=r"data\.text_tokenizer: missing, and task 'language_modeling' needs one"):
         validate_config(RunConfig, no_words)
 
 
 def test_looking_before_training(shards: Path, tmp_path: Path) -> None:
     config = validate_config(RunConfig, distillation(shards, tmp_path))
     assert "task visual_tokenizer, ffn dense" in dry_run(config)
-    with pytest.raises(ConfigError, match="task.kind: 'visual_tokenizer' cannot be planned"):
+    with pytest.raises(ConfigError, match=r"task\.kind: 'visual_tokenizer' cannot be planned"):
         make_plan(config, find_device("h100", precision="auto"), world_size=1)
