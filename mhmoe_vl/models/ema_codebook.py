@@ -62,8 +62,7 @@ class CodeStatistics(NamedTuple):
     def directions_KC(self, otherwise_KC: Tensor) -> Tensor:
         """The normalised mean of each code's vectors, float32; of codes without vectors, or with vectors that cancel
         out, ``otherwise_KC``."""
-        mean_KC = self.means_KC()
-        return torch.where((mean_KC != 0).any(-1, keepdim=True), F.normalize(mean_KC, dim=-1), otherwise_KC)
+        return _normalized(self.means_KC(), otherwise_KC)
 
 
 class EmaCodebook(nn.Module):
@@ -131,7 +130,7 @@ class EmaCodebook(nn.Module):
         """
         averaged_KC = self.decay * self.codes_KC + (1 - self.decay) * statistics.directions_KC(self.codes_KC)
         is_used_K1 = statistics.counts_K[:, None] > 0
-        self.codes_KC.copy_(torch.where(is_used_K1, F.normalize(averaged_KC, dim=-1), self.codes_KC))
+        self.codes_KC.copy_(torch.where(is_used_K1, _normalized(averaged_KC, self.codes_KC), self.codes_KC))
         counts_K = statistics.counts_K.to(self.usage_K.dtype)
         if self.num_updates == 1:
             # What was counted at the start came from another number of vectors.
@@ -183,6 +182,12 @@ def perplexity(counts_K: Tensor) -> Tensor:
     counts_K = counts_K.double()
     total = counts_K.sum()
     return torch.special.entr(counts_K / total.clamp_min(torch.finfo(torch.float64).tiny)).sum().exp() * (total > 0)
+
+
+def _normalized(vectors_KC: Tensor, otherwise_KC: Tensor) -> Tensor:
+    """With length 1; ``otherwise_KC`` where there is no length, but for rounding."""
+    has_length_K1 = vectors_KC.norm(dim=-1, keepdim=True) > _ROUNDING
+    return torch.where(has_length_K1, F.normalize(vectors_KC, dim=-1), otherwise_KC)
 
 
 def _spread(vectors_NC: Tensor, num_codes: int) -> Tensor:

@@ -31,8 +31,8 @@ class CodeHead(nn.Module):
     """Hidden state of a patch to a place on the unit sphere: linear, tanh, linear, length 1; in float32 at least.
 
     ``center_C`` is taken away before the vector is normalised; :meth:`center_on` sets it once, before the first step
-    (not in BEiT v2). What a fresh encoder gives has most of its length in common: on the sphere all patches would begin in
-    one corner, and a small model on few steps may never leave it.
+    (not in BEiT v2). What a fresh encoder gives has most of its length in common: on the sphere all patches would begin
+    in one corner, and a small model on few steps may never leave it.
     """
 
     center_C: Tensor
