@@ -30,7 +30,8 @@ from mhmoe_vl.data.plan import SampleRef
 from mhmoe_vl.data.samples import ImageSamples, PatchMasking
 from mhmoe_vl.data.stored_codes import StoredCodes
 from mhmoe_vl.models.visual_codebook import VisualCodebook
-from mhmoe_vl.train.tokenize_images import Tokenization, load_tokenizer, tokenize_images
+from mhmoe_vl.models.visual_tokenizer import load_visual_tokenizer
+from mhmoe_vl.train.tokenize_images import Tokenization, tokenize_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     clock = clock_named(args.clock, device)
-    tokenizer = load_tokenizer(args.tokenizer).to(device)
+    tokenizer = load_visual_tokenizer(args.tokenizer).to(device)
     options = Tokenization(args.tokenizer, args.image_size, num_views=args.views, device=args.device)
     with tempfile.TemporaryDirectory() as folder:
         # A new folder each time: a data set that is there already is not made again.

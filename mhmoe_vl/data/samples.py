@@ -69,20 +69,23 @@ class PatchMasking:
 
 
 class ImageSamples(SampleBuilder):
-    """Images for masked image modeling, those of pairs and of classes too.
+    """Images for masked image modeling, or whole for a visual tokenizer; those of pairs and of classes too.
 
     Args:
+        masking: None hides nothing.
         codes: where the shards have the codes of their images.
     """
 
     shard_kinds = ("image", "pair", "class")
 
-    def __init__(self, transform: ImageTransform, masking: PatchMasking, codes: StoredCodes | None = None) -> None:
+    def __init__(
+        self, transform: ImageTransform, masking: PatchMasking | None, codes: StoredCodes | None = None
+    ) -> None:
         self.transform, self.masking, self.codes = transform, masking, codes
 
     def __call__(self, members: Mapping[str, bytes], item: int, *, key: str, seed: int, epoch: int = 0) -> Example:
         image, codes = _image_and_codes(members, self.transform, self.codes, seed=seed, epoch=epoch)
-        mask = self.masking(np.random.default_rng(seed))
+        mask = None if self.masking is None else self.masking(np.random.default_rng(seed))
         return Example(key, seed, image=image, image_mask=mask, image_codes=codes)
 
 

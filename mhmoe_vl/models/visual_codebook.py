@@ -61,8 +61,7 @@ class VisualCodebook(nn.Module):
     @torch.no_grad()
     def decode(self, codes_BP: Tensor, grid: tuple[int, int]) -> Tensor:
         """Image of mean patches, float in [-1, 1], ``[B, 3, H, W]``."""
-        patches = self.codes_KC[codes_BP].unflatten(-1, (3, self.patch_size, self.patch_size)).unflatten(1, grid)
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return patches_to_image(self.codes_KC[codes_BP], self.patch_size, grid)
 
     def serialized(self) -> bytes:
         """Content of the safetensors file that :meth:`load` reads."""
@@ -99,3 +98,9 @@ def to_patches(image_B3HW: Tensor, patch_size: int) -> Tensor:
 def perplexity_of(counts_K: Tensor) -> float:
     """Number of equally frequent codes that would be as hard to guess as these, of counts ``[K]``: 1 to K."""
     return float(torch.special.entr(counts_K.double() / counts_K.sum()).sum().exp())
+
+
+def patches_to_image(patches_BPC: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The image ``[B, 3, H, W]`` that :func:`to_patches` has cut into ``grid`` rows and columns."""
+    patches = patches_BPC.unflatten(-1, (3, patch_size, patch_size)).unflatten(1, grid)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -30,6 +30,7 @@ from mhmoe_vl.plan.workload import (
     samples_of,
     samples_per_step,
 )
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.cost import encoder_cost_of
 from mhmoe_vl.train.layout import strategy_of
@@ -99,8 +100,13 @@ def make_plan(config: RunConfig, device: Device, *, world_size: int) -> Plan:
     """Plan a run on ``world_size`` devices. Reads no data and needs no files but the configuration.
 
     Raises:
-        ConfigError: a layout that cannot run, with the numbers and a remedy.
+        ConfigError: a layout that cannot run, with the numbers and a remedy; a task that is not planned.
     """
+    if isinstance(config.task, VisualTokenizerConfig):
+        raise ConfigError(
+            "task.kind: 'visual_tokenizer' cannot be planned, because nothing here knows its teacher; try a few steps "
+            "with max_steps=20 instead"
+        )
     layout = layout_of(config, world_size)
     draft = _Draft(config, layout, device)
     if draft.memory.total > USABLE * device.memory:

@@ -19,7 +19,7 @@ from mhmoe_vl.data.masking import IGNORE
 from mhmoe_vl.data.plan import SampleRef
 from mhmoe_vl.data.text import TextTokenizer
 from mhmoe_vl.distributed.world import World
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer
 from mhmoe_vl.report.pictures import tensor_data_uri
 from mhmoe_vl.report.samples import sample_order
 from mhmoe_vl.tasks.pretrain import PretrainTask
@@ -115,7 +115,7 @@ def predict_masked(trained: TrainedRun, batch: Batch) -> list[MaskedSample]:
 
 
 def _masked_images(
-    codebook: VisualCodebook, image_B3HW: Tensor, mask_BP: Tensor, predicted_BP: Tensor
+    codebook: AnyVisualTokenizer, image_B3HW: Tensor, mask_BP: Tensor, predicted_BP: Tensor
 ) -> list[MaskedImage]:
     rows, columns = (side // codebook.patch_size for side in image_B3HW.shape[2:])
     true_BP = codebook.encode(image_B3HW)

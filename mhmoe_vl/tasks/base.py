@@ -37,6 +37,7 @@ class TaskOutput:
         shares: figures that are already divided: they only add up over the micro-batches and ranks of a step.
         routing: statistics per expert pool and modality, named ``block3/vision`` or ``block3/shared/text``.
         load_E: per expert pool, choices per expert over all ranks; for loss-free balancing.
+        usage_K: per codebook, how often each code was chosen; figures of their use follow from the whole sum.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class TaskOutput:
     shares: dict[str, Tensor] = field(default_factory=dict)
     routing: dict[str, RoutingStats] = field(default_factory=dict)
     load_E: dict[str, Tensor] = field(default_factory=dict)
+    usage_K: dict[str, Tensor] = field(default_factory=dict)
 
     def record(self, figure: str, total: Tensor, count: Tensor) -> None:
         """Add ``total`` over ``count`` things to a figure."""
@@ -118,9 +120,31 @@ class Task(nn.Module, ABC):
         output.shares["balance"] = balance.detach() * scale
         return output
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the task is ready for its first step, or wants :meth:`start` to see its data before."""
+        return True
+
+    def start(self, outputs: Sequence[TaskOutput]) -> None:
+        """Get ready with what :meth:`forward` made, without gradients, of this rank's part of the first step.
+        Collective."""
+
+    def after_step(self, outputs: Sequence[TaskOutput]) -> None:
+        """Change what no gradient changes, after an optimizer step; a step that was skipped never comes here.
+        Collective.
+
+        Args:
+            outputs: of this rank's micro-batches of the step; figures may still be recorded.
+        """
+        loads: dict[str, Tensor] = {}
+        for output in outputs:
+            for name, load in output.load_E.items():
+                loads[name] = loads[name] + load if name in loads else load
+        self.update_selection_bias(loads)
+
     @torch.no_grad()
     def update_selection_bias(self, load_E: Mapping[str, Tensor]) -> None:
-        """Loss-free balancing after an optimizer step, if it is switched on."""
+        """Loss-free balancing, if it is switched on."""
         rate = self.config.moe.selection_bias_rate
         if rate == 0:
             return

@@ -11,8 +11,9 @@ from pydantic import Field
 from mhmoe_vl.config import Config
 from mhmoe_vl.data.batch import Batch
 from mhmoe_vl.models.config import ModelConfig
+from mhmoe_vl.models.frozen import Frozen
 from mhmoe_vl.models.heads import TokenHead
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer
 from mhmoe_vl.tasks.base import MicroBatch, Task, TaskOutput, masked_cross_entropy
 
 #: Objectives: masked image modeling, masked language modeling, and both on pairs.
@@ -25,7 +26,8 @@ class PretrainConfig(Config):
     """Masked data modeling.
 
     Attributes:
-        visual_codebook: the visual tokenizer that gives the targets of masked patches.
+        visual_codebook: file of the visual tokenizer that gives the targets of masked patches: of k-means patches, or a
+            trained one.
         weights: of the objectives; BEiT-3 does not state its own, 1 each is our default.
     """
 
@@ -44,13 +46,18 @@ class PretrainTask(Task):
         codebook: visual tokenizer; must have ``model.num_visual_codes`` codes and the model's patches.
     """
 
-    def __init__(self, model: ModelConfig, config: PretrainConfig, codebook: VisualCodebook) -> None:
+    def __init__(self, model: ModelConfig, config: PretrainConfig, codebook: AnyVisualTokenizer) -> None:
         super().__init__(model)
         self.task_config = config
-        self.codebook = codebook
+        self._codebook = Frozen(codebook)
         tied = self.encoder.text_embedding.tokens.weight if model.tie_embeddings else None
         self.mim_head = TokenHead(model.dim, model.num_visual_codes)
         self.mlm_head = TokenHead(model.dim, model.vocab_size, tied)
+
+    @property
+    def codebook(self) -> AnyVisualTokenizer:
+        """The visual tokenizer, where the task is; no part of it."""
+        return self._codebook.on(next(self.encoder.parameters()).device)
 
     def num_targets(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         totals = dict.fromkeys(OBJECTIVES, 0)

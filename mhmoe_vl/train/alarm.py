@@ -1,4 +1,4 @@
-"""Warnings about expert pools that have stopped working as such."""
+"""Warnings about expert pools and codebooks that have stopped working as such."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from mhmoe_vl.models.feed_forward import pool_of
 from mhmoe_vl.moe import RoutingStats
+
+#: A codebook whose use has a perplexity below this share of its codes has collapsed.
+COLLAPSED_PERPLEXITY = 0.1
 
 _REMEDY = "raise model.moe.balance_weight, or set model.moe.selection_bias_rate"
 
@@ -40,6 +43,32 @@ class ExpertAlarm:
                     onsets.append(f"{pool}: {_describe(alarm, stats)} since the last log line; {_REMEDY}")
         self._on = now
         return alarms, onsets
+
+
+class CodebookAlarm:
+    """Knows whether a codebook has collapsed, and whether that is new.
+
+    Args:
+        num_codes: of the codebook.
+    """
+
+    def __init__(self, num_codes: int) -> None:
+        self._num_codes, self._is_on = num_codes, False
+
+    def check(self, average_perplexity: float) -> tuple[bool, str | None]:
+        """Look at the perplexity of a codebook's use, averaged over many steps.
+
+        Returns:
+            Whether the alarm is on, and a line if it was not on before.
+        """
+        was_on, self._is_on = self._is_on, average_perplexity < COLLAPSED_PERPLEXITY * self._num_codes
+        if was_on or not self._is_on:
+            return self._is_on, None
+        return True, (
+            f"the codebook has collapsed: its use has a perplexity of {average_perplexity:.1f}, below "
+            f"{COLLAPSED_PERPLEXITY:.0%} of its {self._num_codes} codes; lower optimizer.learning_rate or lengthen "
+            "optimizer.warmup_steps, lower task.codebook_decay so that codes keep up, or raise task.revival_share"
+        )
 
 
 def whole_pools(routing: Mapping[str, RoutingStats]) -> dict[str, RoutingStats]:

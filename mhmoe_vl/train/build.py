@@ -34,7 +34,8 @@ from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.config import MODALITIES, ModelConfig
 from mhmoe_vl.models.embeddings import resize_positions
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.teachers import Teacher, build_teacher
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer, load_visual_tokenizer
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
 from mhmoe_vl.tasks.classification import ClassificationConfig, ClassificationTask
@@ -42,6 +43,7 @@ from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageMod
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig, VisualTokenizerTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.config import RunConfig, SourceConfig
@@ -58,9 +60,9 @@ def build_task(config: RunConfig) -> Task:
     """
     torch.manual_seed(config.seed)
     model, task = config.model, config.task
-    codebook, num_answers, num_classes = None, 0, 0
+    codebook, teacher, num_answers, num_classes = None, None, 0, 0
     if isinstance(task, PretrainConfig):
-        codebook = VisualCodebook.load(Path(task.visual_codebook))
+        codebook = load_visual_tokenizer(task.visual_codebook)
         for name, found, wanted in (
             ("num_visual_codes", codebook.num_codes, model.num_visual_codes),
             ("patch_size", codebook.patch_size, model.patch_size),
@@ -73,12 +75,23 @@ def build_task(config: RunConfig) -> Task:
         num_answers = len(load_answers(task.answers))
     if isinstance(task, ClassificationConfig):
         num_classes = len(load_classes(task.classes))
-    return assemble_task(config, codebook=codebook, num_answers=num_answers, num_classes=num_classes)
+    if isinstance(task, VisualTokenizerConfig):
+        teacher = build_teacher(
+            task.teacher, task.teacher_weights, image_size=model.image_size, patch_size=model.patch_size
+        )
+    return assemble_task(config, codebook=codebook, teacher=teacher, num_answers=num_answers, num_classes=num_classes)
 
 
-def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_answers: int, num_classes: int) -> Task:
-    """The task from a configuration and what its files hold: the codebook of pretraining, the answers of VQA, the
-    classes of classification."""
+def assemble_task(
+    config: RunConfig,
+    *,
+    codebook: AnyVisualTokenizer | None,
+    num_answers: int,
+    num_classes: int,
+    teacher: Teacher | None = None,
+) -> Task:
+    """The task from a configuration and what its files hold: the visual tokenizer of pretraining, the answers of VQA,
+    the classes of classification, the teacher of a visual tokenizer."""
     model, task = config.model, config.task
     if isinstance(task, PretrainConfig):
         assert codebook is not None
@@ -93,6 +106,9 @@ def assemble_task(config: RunConfig, *, codebook: VisualCodebook | None, num_ans
         return RetrievalTask(model, task)
     if isinstance(task, ClassificationConfig):
         return ClassificationTask(model, task, num_classes=num_classes)
+    if isinstance(task, VisualTokenizerConfig):
+        assert teacher is not None
+        return VisualTokenizerTask(model, task, teacher)
     return CaptioningTask(model, task)
 
 
@@ -130,6 +146,7 @@ def _load_list(path: str | Path, key: str, what: str, program: str) -> list[str]
 
 def load_tokenizer(config: RunConfig) -> TextTokenizer:
     """The text tokenizer, checked against the model's vocabulary."""
+    assert config.data.text_tokenizer is not None
     tokenizer = TextTokenizer.load(config.data.text_tokenizer)
     if tokenizer.num_tokens > config.model.vocab_size:
         raise ConfigError(
@@ -148,7 +165,7 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
         ConfigError: shards with visual codes that are not those of the run's tokenizer and views.
         DataError: shards, or a file that the task needs, are missing or malformed.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer = None if config.data.text_tokenizer is None else load_tokenizer(config)
     built: dict[str, Source | StreamSource] = {}
     for name, source in sources.items():
         codes = _stored_codes(config, training=training) if source.codes else None
@@ -160,7 +177,8 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
             if codes is not None:
                 for shard in indexed.shards:
                     codes.check(f"data.{'train' if training else 'validation'}.{name}", shard)
-    return ShardDataset(built, seed=config.seed if training else 0, pad_id=tokenizer.pad_id)
+    pad_id = 0 if tokenizer is None else tokenizer.pad_id
+    return ShardDataset(built, seed=config.seed if training else 0, pad_id=pad_id)
 
 
 def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:
@@ -217,10 +235,18 @@ def _stored_codes(config: RunConfig, *, training: bool) -> StoredCodes:
 
 
 def _build_samples(
-    config: RunConfig, source: SourceConfig, tokenizer: TextTokenizer, codes: StoredCodes | None, *, training: bool
+    config: RunConfig,
+    source: SourceConfig,
+    tokenizer: TextTokenizer | None,
+    codes: StoredCodes | None,
+    *,
+    training: bool,
 ) -> SampleBuilder:
     data, model, task = config.data, config.model, config.task
     transform = ImageTransform(model.image_size, data.augment if training else None, center_crop=data.center_crop)
+    if isinstance(task, VisualTokenizerConfig):
+        return ImageSamples(transform, None)
+    assert tokenizer is not None
     masking = PatchMasking(model.image_size // model.patch_size, data.image_mask_ratio)
     if source.kind == "image":
         return ImageSamples(transform, masking, codes)

@@ -18,6 +18,7 @@ from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config
 from mhmoe_vl.tasks.pretrain import PretrainConfig
 from mhmoe_vl.tasks.retrieval import RetrievalConfig
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig
 from mhmoe_vl.tasks.vqa import VqaConfig
 from mhmoe_vl.train.optimizer import OptimizerConfig
 
@@ -33,6 +34,8 @@ SOURCE_KINDS = {
     "captioning": ("pair",),
     "retrieval": ("pair",),
     "classification": ("class",),
+    # Of pairs and classes it takes the image.
+    "visual_tokenizer": ("image", "pair", "class"),
 }
 
 
@@ -71,7 +74,8 @@ class DataConfig(Config):
     Attributes:
         train: sources of the training mixture, by name.
         validation: held-out sources; each is scored on its own.
-        text_tokenizer: ``tokenizer.json``; that of the model, where the task reads no text.
+        text_tokenizer: ``tokenizer.json``; that of the model, where the task reads no text. A visual tokenizer has
+            none.
         text_length: tokens per text, ``<s>`` and ``</s>`` included; of language modeling, tokens per packed row.
         batch_size: samples per optimizer step, over all ranks and sources.
         sampling_alpha: shares of the sources in proportion to ``size ** sampling_alpha``, size being the number of
@@ -85,7 +89,7 @@ class DataConfig(Config):
 
     train: dict[str, SourceConfig]
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
-    text_tokenizer: str
+    text_tokenizer: str | None = None
     text_length: Annotated[int, Field(ge=4)] = 64
     batch_size: Positive
     sampling_alpha: Ratio | None = None
@@ -123,7 +127,8 @@ class RunConfig(Config):
         | Nlvr2Config
         | CaptioningConfig
         | RetrievalConfig
-        | ClassificationConfig,
+        | ClassificationConfig
+        | VisualTokenizerConfig,
         Field(discriminator="kind"),
     ]
     model: ModelConfig
@@ -161,6 +166,13 @@ class RunConfig(Config):
                     self._check_codes(f"data.{split}.{name}", source)
         if not self.data.train:
             raise ValueError("data.train: needs at least one source")
+        if isinstance(self.task, VisualTokenizerConfig):
+            self._check_visual_tokenizer(self.task)
+        elif self.data.text_tokenizer is None:
+            raise ValueError(
+                f"data.text_tokenizer: missing, and task '{self.task.kind}' needs one; make it with "
+                "python -m data_prep.train_text_tokenizer"
+            )
         if self.data.text_length > self.model.max_text_length:
             raise ValueError(
                 f"data.text_length: {self.data.text_length} exceeds model.max_text_length {self.model.max_text_length}"
@@ -186,10 +198,17 @@ class RunConfig(Config):
                 "or mounted folder"
             )
         augment = self.data.augment
-        if key.startswith("data.train.") and (augment.color_jitter or augment.rand_augment):
+        changes = ("color_jitter", "rand_augment", "auto_augment", "random_erasing")
+        asked_for = [f"data.augment.{name}" for name in changes if getattr(augment, name)]
+        if key.startswith("data.train.") and asked_for:
             raise ValueError(
-                f"{key}.codes: codes were made from views without colour jitter and RandAugment, and would not be "
-                "those of the images; set data.augment.color_jitter=0 and data.augment.rand_augment=false"
+                f"{key}.codes: codes were made from crops and mirror images, and would not be those of images that are "
+                f"changed further; leave out {' and '.join(asked_for)}"
+            )
+        if key.startswith("data.validation.") and self.data.center_crop:
+            raise ValueError(
+                f"{key}.codes: codes were made from whole images, and data.center_crop cuts the middle out; leave out "
+                "one of them"
             )
 
     def _check_sampling(self) -> None:
@@ -217,6 +236,20 @@ class RunConfig(Config):
                     f"data.train.{name}.shards: task 'language_modeling' reads indexed shards, whose sizes say how "
                     "documents are cut; copy these to a local or mounted folder"
                 )
+
+    def _check_visual_tokenizer(self, task: VisualTokenizerConfig) -> None:
+        if self.model.modalities != ("vision",):
+            raise ValueError(
+                f"model.modalities: {list(self.model.modalities)}, but task 'visual_tokenizer' reads images alone, and "
+                "what it does not use must not count as its parameters; set model.modalities=[vision]"
+            )
+        num_patches = self.data.batch_size * self.model.num_patches
+        if num_patches < task.num_codes:
+            raise ValueError(
+                f"task.num_codes: {task.num_codes} codes begin as centres of a step's patches, and data.batch_size="
+                f"{self.data.batch_size} has {num_patches}; use at least data.batch_size="
+                f"{-(-task.num_codes // self.model.num_patches)}"
+            )
 
     def _check_expert_parallel(self) -> None:
         degree, model = self.expert_parallel, self.model

@@ -18,7 +18,8 @@ from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.moe import RoutingStats, share_active
 from mhmoe_vl.moe.stats import ACTIVATION_THRESHOLDS
-from mhmoe_vl.train.alarm import ExpertAlarm
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig
+from mhmoe_vl.train.alarm import CodebookAlarm, ExpertAlarm
 from mhmoe_vl.train.config import RunConfig
 from mhmoe_vl.train.metrics import MetricsWriter
 from mhmoe_vl.train.step import Figures
@@ -36,6 +37,9 @@ class Journal:
         self.last_problem = ""
         self._has_warned = False
         self._alarm = ExpertAlarm()
+        self._codebook_alarm = (
+            CodebookAlarm(config.task.num_codes) if isinstance(config.task, VisualTokenizerConfig) else None
+        )
         self._since, self._time = first_step, time.perf_counter()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -113,6 +117,12 @@ class Journal:
         if self.num_skipped:
             values["skipped_steps"] = self.num_skipped
             line += f" skipped {self.num_skipped} step{'s' if self.num_skipped > 1 else ''}"
+        if self._codebook_alarm is not None and "codes_average_perplexity" in values:
+            is_on, onset = self._codebook_alarm.check(values["codes_average_perplexity"])
+            values["codebook_collapsed"] = float(is_on)
+            line += f" codes {values['codes_used']:.0f} used, {values['codes_revived']:.0f} revived"
+            if onset is not None and self.world.is_main:
+                logger.warning("step %d: %s", step, onset)
         self.write("train", step, values)
         if routing:
             alarms, onsets = self._alarm.check(routing)

@@ -25,6 +25,7 @@ from mhmoe_vl.distributed.world import World
 from mhmoe_vl.errors import ConfigError, NonFiniteError, UserError
 from mhmoe_vl.models.cost import EncoderCost
 from mhmoe_vl.tasks.base import Task
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerTask
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.build import build_dataset, build_plan, build_task, data_checksums, transfer_weights
 from mhmoe_vl.train.config import RunConfig
@@ -37,6 +38,7 @@ from mhmoe_vl.train.precision import autocast_for
 from mhmoe_vl.train.step import train_step
 from mhmoe_vl.train.stop import STOPPED, stop_signals
 from mhmoe_vl.train.validation import validate
+from mhmoe_vl.train.visual_tokenizer import export_visual_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ def train(config: RunConfig, world: World) -> None:
         raise SystemExit(STOPPED)
     with run.exported():
         export_weights(Path(config.out) / run_directory.WEIGHTS, run.module, world=world)
+        if isinstance(task, VisualTokenizerTask):
+            export_visual_tokenizer(config, run.module, dataset, plan, world)
     if world.is_main and decay is not None:
         logger.info(
             "%s/%s is the moving average (optimizer.ema_decay=%s); the last weights are in the last checkpoint",

@@ -8,6 +8,7 @@ metrics.jsonl          one record per logged step and validation
 tensorboard/
 checkpoints/step_*/    what training resumes from
 model.safetensors      the final weights
+visual_tokenizer.safetensors   of a run that trains one: what pretraining names as its visual_codebook
 text_tokenizer.json, answers.json, classes.json, visual_codebook.safetensors   copies of what the configuration names
 """
 
@@ -35,6 +36,7 @@ from mhmoe_vl.train.metrics import METRICS
 CONFIG, ENVIRONMENT, COST, WEIGHTS = "config.yaml", "environment.json", "cost.json", "model.safetensors"
 CHECKPOINTS = "checkpoints"
 TOKENIZER, CODEBOOK = "text_tokenizer.json", "visual_codebook.safetensors"
+VISUAL_TOKENIZER = "visual_tokenizer.safetensors"
 ANSWERS, CLASSES = "answers.json", "classes.json"
 
 logger = logging.getLogger(__name__)
@@ -164,8 +166,9 @@ def environment(world_size: int) -> dict[str, Any]:
 def _with_local_files(config: RunConfig, directory: Path, *, has_begun: bool) -> RunConfig:
     """Copy the small files that the run depends on, so that the directory stands alone."""
     copy = partial(_copy, has_begun=has_begun)
-    data = config.data.model_copy(update={"text_tokenizer": copy(config.data.text_tokenizer, directory / TOKENIZER)})
-    task = config.task
+    data, task = config.data, config.task
+    if data.text_tokenizer is not None:
+        data = data.model_copy(update={"text_tokenizer": copy(data.text_tokenizer, directory / TOKENIZER)})
     if task.kind == "vqa":
         task = task.model_copy(update={"answers": copy(task.answers, directory / ANSWERS)})
     elif task.kind == "pretrain":

@@ -20,7 +20,7 @@ from mhmoe_vl.data.prepare.packing import Packing, PackingReport, output_folder,
 from mhmoe_vl.data.prepare.shard_writer import ShardPlace, ShardResult, write_samples
 from mhmoe_vl.data.shards import IndexedSample, ShardIndex, ShardReader, Skip, encode_json, find_shards, read_index
 from mhmoe_vl.errors import ConfigError, DataError
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer, load_visual_tokenizer
 
 #: Views that are encoded together.
 _VIEWS_AT_ONCE = 64
@@ -83,7 +83,7 @@ def tokenize_images(
         DataError: no shards, shards without images or of several kinds, or no tokenizer.
         OutputError: the folder holds something else, or cannot be written.
     """
-    patch_size = load_tokenizer(options.tokenizer).patch_size
+    patch_size = load_visual_tokenizer(options.tokenizer).patch_size
     if options.image_size % patch_size:
         raise ConfigError(f"--image-size {options.image_size} must be a multiple of the {patch_size} px of a patch")
     if options.num_views > 1 and options.crop_scale is None and not options.flip:
@@ -179,19 +179,10 @@ def _read(job: _Job, samples: Sequence[IndexedSample], skipped: list[Skip]) -> I
         yield _Read(sample.key, members, views, [looking(picture, 0, view) for view in views])
 
 
-def load_tokenizer(path: Path) -> VisualCodebook:
-    """The visual tokenizer in a file.
-
-    Raises:
-        DataError: there is none.
-    """
-    return VisualCodebook.load(path)
-
-
 @cache
-def _loaded(path: Path, sha256: str, device: torch.device) -> VisualCodebook:
+def _loaded(path: Path, sha256: str, device: torch.device) -> AnyVisualTokenizer:
     """Once in each process, for each content of the file."""
-    return load_tokenizer(path).to(device)
+    return load_visual_tokenizer(path).to(device)
 
 
 def _device_named(name: str) -> torch.device:

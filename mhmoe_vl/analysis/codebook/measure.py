@@ -20,7 +20,8 @@ from mhmoe_vl.data.prepare.drawn_images import LoadedImages, draw_images, load_i
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.embeddings import normalize_pixels
-from mhmoe_vl.models.visual_codebook import VisualCodebook, perplexity_of, to_patches
+from mhmoe_vl.models.visual_codebook import perplexity_of, to_patches
+from mhmoe_vl.models.visual_tokenizer import load_visual_tokenizer
 
 #: Patches that are kept of each code.
 _NUM_SAMPLES = 8
@@ -63,7 +64,7 @@ def measure_tokenizer(
         ConfigError: sizes that do not fit together.
         DataError: no tokenizer, no shards, or no image that can be read.
     """
-    tokenizer = VisualCodebook.load(path)
+    tokenizer = load_visual_tokenizer(path)
     if image_size % tokenizer.patch_size:
         raise ConfigError(f"--image-size {image_size} must be a multiple of the {tokenizer.patch_size} px of a patch")
     places = draw_images(shards, max_images=max_images, key=f"tokenizer health/{seed}")
