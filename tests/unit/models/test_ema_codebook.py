@@ -57,7 +57,7 @@ def test_vectors_that_cancel_out_move_nothing() -> None:
 
 
 def test_a_step_as_the_library_does_it() -> None:
-    """Its average is over sums and BEiT v2's over means, which is the same if its sum so far is as long as the step's."""
+    """It averages sums, and BEiT v2 directions, which is the same if the sum so far is as long as that of the step."""
     library = pytest.importorskip("vector_quantize_pytorch")
     codes, vectors = unit_vectors(5, 8, seed=0), unit_vectors(40, 8, seed=1)
     quantizer = library.VectorQuantize(
@@ -114,7 +114,7 @@ def spherical_kmeans(vectors: NDArray[np.float64], codes: NDArray[np.float64], s
     for _ in range(steps):
         members: list[list[NDArray[np.float64]]] = [[] for _ in codes]
         for vector in vectors:
-            members[max(range(len(codes)), key=lambda code: vector @ codes[code])].append(vector)  # noqa: B023
+            members[max(range(len(codes)), key=lambda code: vector @ codes[code])].append(vector)
         for code, of_code in enumerate(members):
             if of_code:
                 total = np.sum(of_code, axis=0)
@@ -188,5 +188,7 @@ def test_a_race_draws_by_weight() -> None:
 
 def test_perplexity() -> None:
     assert float(perplexity(torch.tensor([3, 3, 3, 0]))) == pytest.approx(3)
-    assert float(perplexity(torch.tensor([1, 3]))) == pytest.approx(math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3)))
+    assert float(perplexity(torch.tensor([1, 3]))) == pytest.approx(
+        math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
+    )
     assert float(perplexity(torch.zeros(3))) == 0

@@ -31,7 +31,9 @@ def test_hog_of_an_edge() -> None:
     assert_close(features, torch.cat([expected.flatten(), torch.tensor([1.0])]))
 
 
-@pytest.mark.parametrize(("dx", "dy", "sector"), [(1, 1, 2), (-1, -1, 2), (-1, 1, 6), (1, -1, 6), (0, 1, 4), (-1, 0, 0)])
+@pytest.mark.parametrize(
+    ("dx", "dy", "sector"), [(1, 1, 2), (-1, -1, 2), (-1, 1, 6), (1, -1, 6), (0, 1, 4), (-1, 0, 0)]
+)
 def test_hog_of_a_slope(dx: int, dy: int, sector: int) -> None:
     """A gradient of 45 degrees is in the third of nine sectors of 20 degrees, and its opposite too."""
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
@@ -152,7 +154,9 @@ def test_a_tower_of_open_clip(tiny_clip: str, tmp_path: Path) -> None:
     whole.load_state_dict(weights)
     teacher = build_teacher(f"open_clip:{tiny_clip}", str(tmp_path / "clip.safetensors"), image_size=64, patch_size=16)
     image = byte_image(32)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
     with torch.no_grad():
         x = (image / 255 - mean) / std
         hidden = whole.visual.ln_post(whole.visual.transformer(whole.visual._embeds(x)))
@@ -203,7 +207,9 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     for name, weights in (("timm:test_vit.r160_in1k", None), ("open_clip:ViT-B-32", "laion2b_s34b_b79k")):
-        with pytest.raises(DataError, match=r"not in the hub's cache and cannot be downloaded .*or choose the teacher hog$"):
+        with pytest.raises(
+            DataError, match=r"not in the hub's cache and cannot be downloaded .*or choose the teacher hog$"
+        ):
             build_teacher(name, weights, image_size=32, patch_size=8)
     assert asked[0] == ("timm/test_vit.r160_in1k", "model.safetensors")
     assert asked[1][1].endswith(".safetensors")
