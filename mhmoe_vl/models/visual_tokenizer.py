@@ -158,8 +158,8 @@ def load_visual_tokenizer(path: str | Path) -> AnyVisualTokenizer:
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file whose metadata come in a fixed order: the library's is another in every process, and a run that
-    goes on compares files by their bytes."""
+    """A safetensors file whose metadata come in a fixed order: the library's is another in every process, and a run
+    that goes on compares files by their bytes."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     # Filled up so that tensors begin at a multiple of 8 bytes, as the format wants it.
