@@ -33,3 +33,9 @@ if [ ! -f $DATA/kmeans.safetensors ]; then
   "$PYTHON" -m data_prep.fit_visual_codebook --shards $SCENES/images-train --num-codes 512 --image-size 64 --patch-size 16 \
     --max-images 4000 --out $DATA/kmeans.safetensors
 fi
+for teacher in hog clip; do
+  if [ ! -f $DATA/vqkd_$teacher.safetensors ]; then
+    "$PYTHON" -m mhmoe_vl.train --config configs/tokenizer/quickstart_$teacher.yaml out=runs/study/targets/tokenizer_$teacher
+    cp runs/study/targets/tokenizer_$teacher/visual_tokenizer.safetensors $DATA/vqkd_$teacher.safetensors
+  fi
+done

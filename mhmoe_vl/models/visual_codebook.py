@@ -51,11 +51,12 @@ class VisualCodebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, patches_BPC: Tensor) -> Tensor:
-        """The number of the nearest code, int64 ``[B, P]``."""
+        """The number of the nearest code, int64 ``[B, P]``; in float32 whatever the precision around it."""
         norm_K = self.codes_KC.square().sum(-1)
         # argmin |x - c|^2 = argmin |c|^2 - 2 x.c: no [B, P, K, C] tensor, and of [B, P, K] a part at a time.
         parts = patches_BPC.flatten(0, 1).split(max(1, _MAX_DISTANCES // self.num_codes))
-        nearest = [torch.addmm(norm_K, part, self.codes_KC.T, alpha=-2).argmin(-1) for part in parts]
+        with torch.autocast(patches_BPC.device.type, enabled=False):
+            nearest = [torch.addmm(norm_K, part, self.codes_KC.T, alpha=-2).argmin(-1) for part in parts]
         return torch.cat(nearest).unflatten(0, patches_BPC.shape[:2])
 
     @torch.no_grad()

@@ -114,13 +114,13 @@ class VisualTokenizer(nn.Module):
         return patches_to_image(self.mean_patches_KM[codes_BP], self.patch_size, grid)
 
     def serialized(self) -> bytes:
-        """Content of the safetensors file that :func:`load_visual_tokenizer` reads."""
+        """Content of the safetensors file that :func:`load_visual_tokenizer` reads; the same bytes at every call."""
         config = {
             "model": self.encoder.config.model_dump(mode="json"),
             "origin": self.origin,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        return save(tensors, {"format": FORMAT, "config": json.dumps(config)})
+        return _with_sorted_header(save(tensors, {"format": FORMAT, "config": json.dumps(config)}))
 
 
 #: What gives the targets of masked patches: both have ``num_codes``, ``patch_size``, ``encode``, ``decode`` and
@@ -155,6 +155,16 @@ def load_visual_tokenizer(path: str | Path) -> AnyVisualTokenizer:
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged ({type(error).__name__}: {reason}); export the tokenizer again") from None
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """A safetensors file whose metadata come in a fixed order: the library's is another in every process, and a run
+    that goes on compares files by their bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    # Filled up so that tensors begin at a multiple of 8 bytes, as the format wants it.
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def build_visual_tokenizer(

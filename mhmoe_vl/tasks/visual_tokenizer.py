@@ -86,11 +86,13 @@ class FirstLook:
         raw_NC: of the code head.
         draws_N: as in :class:`TokenizedPatches`.
         targets: sum and number of the teacher's features, as unit vectors.
+        is_finite: bool scalar, of all of these.
     """
 
     raw_NC: Tensor
     draws_N: Tensor
     targets: CodeStatistics
+    is_finite: Tensor
 
 
 @dataclass
@@ -141,7 +143,8 @@ class VisualTokenizerTask(Task):
             commitment_BP = (vectors_BPC - codes_BPC).square().sum(-1)
             # Straight through: the value of the code, the gradient of the vector.
             predicted_BPF = self.decoder(vectors_BPC + (codes_BPC - vectors_BPC).detach())
-            cosine_BP = F.cosine_similarity(at_least_float32(predicted_BPF), self._targets(batch), dim=-1)
+            predicted_BPF = at_least_float32(predicted_BPF)
+            cosine_BP = F.cosine_similarity(predicted_BPF, self._targets(batch).to(predicted_BPF.dtype), dim=-1)
             loss_BP = 1 - cosine_BP + self.task_config.commitment_weight * commitment_BP
             output.loss = output.loss + loss_BP.sum() / max(1.0, totals["patches"])
             count = torch.tensor(cosine_BP.numel(), device=device)
@@ -166,9 +169,10 @@ class VisualTokenizerTask(Task):
 
     def _first_look(self, batch: Batch) -> FirstLook:
         encoded = self.encoder(batch.image, sample_seed=batch.seed)
-        raw_BPC = self.code_head.raw(encoded.vision[:, 1:])
-        targets = _sum_of(self._targets(batch).flatten(0, 1))
-        return FirstLook(raw_BPC.flatten(0, 1), _draws(batch.seed, self.config.num_patches), targets)
+        raw_NC = self.code_head.raw(encoded.vision[:, 1:]).flatten(0, 1)
+        targets_NF = self._targets(batch).flatten(0, 1)
+        is_finite = raw_NC.isfinite().all() & targets_NF.isfinite().all()
+        return FirstLook(raw_NC, _draws(batch.seed, self.config.num_patches), _sum_of(targets_NF), is_finite)
 
     @property
     def has_started(self) -> bool:
@@ -179,9 +183,9 @@ class VisualTokenizerTask(Task):
         """Centre the patches of the step, find codes among them by k-means, and tell the decoder the teacher's mean.
         Not if a patch is not finite: the step is going to be skipped, and the next one begins."""
         looks = [look for output in outputs for look in cast(TokenizerOutput, output).first_looks]
-        raw_NC = torch.cat([look.raw_NC for look in looks])
-        if any_rank(not bool(raw_NC.isfinite().all())):
+        if any_rank(not all(look.is_finite for look in looks)):
             return
+        raw_NC = torch.cat([look.raw_NC for look in looks])
         center_C = _mean_over_ranks([_sum_of(raw_NC)])
         self.code_head.center_on(center_C)
         self.decoder.mean_F.copy_(_mean_over_ranks([look.targets for look in looks]))

@@ -145,8 +145,17 @@ def _load_list(path: str | Path, key: str, what: str, program: str) -> list[str]
 
 
 def load_tokenizer(config: RunConfig) -> TextTokenizer:
-    """The text tokenizer, checked against the model's vocabulary."""
-    assert config.data.text_tokenizer is not None
+    """The text tokenizer, checked against the model's vocabulary.
+
+    Raises:
+        ConfigError: the run reads no text, or the vocabulary is too small.
+        DataError: absent or malformed.
+    """
+    if config.data.text_tokenizer is None:
+        raise ConfigError(
+            f"{config.out}: is a run of task '{config.task.kind}' and has no text tokenizer; what it has trained is "
+            f"its {run_directory.VISUAL_TOKENIZER}"
+        )
     tokenizer = TextTokenizer.load(config.data.text_tokenizer)
     if tokenizer.num_tokens > config.model.vocab_size:
         raise ConfigError(

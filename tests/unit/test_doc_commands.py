@@ -32,6 +32,7 @@ WITH_COMMANDS = [
     Path("README.md"),
     Path("docs/real_data.md"),
     Path("docs/language.md"),
+    Path("docs/visual_tokenizer.md"),
     Path("data_prep/README.md"),
     *SCRIPTS,
 ]

@@ -191,7 +191,7 @@ def test_the_command_warns_of_a_collapse_everywhere(tmp_path: Path, capsys: pyte
         (["--out", "page.txt"], 64, "--out page.txt: must end in .html"),
         (["--image-size", "7"], 64, "--image-size 7 must be a multiple of the 2 px of a patch"),
         (["--shards", "absent"], 65, "no shards at absent"),
-        (["--tokenizer", "absent"], 65, "absent: no such visual codebook"),
+        (["--tokenizer", "absent"], 65, "absent: no such visual tokenizer"),
     ],
 )
 def test_bad_requests_end_in_one_line(

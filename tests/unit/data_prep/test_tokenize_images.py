@@ -211,7 +211,7 @@ def test_verification_knows_codes(shards: Path, tmp_path: Path, capsys: pytest.C
         (["--image-size", "18"], 64, "--image-size 18 must be a multiple of the 4 px of a patch"),
         (["--views", "2", "--no-crop", "--no-flip"], 64, "--views 2: without crops and flips all views are the same"),
         (["--shards", "absent"], 65, "no shards at absent"),
-        (["--tokenizer", "absent"], 65, "absent: no such visual codebook"),
+        (["--tokenizer", "absent"], 65, "absent: no such visual tokenizer"),
     ],
 )
 def test_bad_requests_end_in_one_line(

@@ -57,7 +57,7 @@ def test_vectors_that_cancel_out_move_nothing() -> None:
 
 
 def test_a_step_as_the_library_does_it() -> None:
-    """Its average is over sums and BEiT v2's over means, the same if its sum so far is as long as the step's."""
+    """It averages sums, and BEiT v2 directions, which is the same if the sum so far is as long as that of the step."""
     library = pytest.importorskip("vector_quantize_pytorch")
     codes, vectors = unit_vectors(5, 8, seed=0), unit_vectors(40, 8, seed=1)
     quantizer = library.VectorQuantize(

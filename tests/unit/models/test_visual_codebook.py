@@ -55,6 +55,14 @@ def test_encoding_finds_the_nearest_code() -> None:
     assert len(found.unique()) > 3
 
 
+def test_the_precision_of_a_run_changes_no_code() -> None:
+    """In bfloat16 some of these patches would get another code."""
+    codebook, images = VisualCodebook(random_codes(500), PATCH), random_images(3, 20, 30)
+    expected = codebook.encode(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codebook.encode(images), expected)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that is made."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_vl.data.batch import Batch
+from mhmoe_vl.models.teachers import PixelTeacher
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.tasks.base import MicroBatch, Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig, CaptioningTask
@@ -17,10 +18,20 @@ from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig, LanguageMod
 from mhmoe_vl.tasks.nlvr2 import Nlvr2Config, Nlvr2Task
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
+from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerConfig, VisualTokenizerTask
 from mhmoe_vl.tasks.vqa import VqaConfig, VqaTask
 from tests.unit.models.builders import make_config, patch_masks, randomize, texts
 
-TASKS = ("pretrain", "vqa", "nlvr2", "captioning", "language_modeling", "retrieval", "classification")
+TASKS = (
+    "pretrain",
+    "vqa",
+    "nlvr2",
+    "captioning",
+    "language_modeling",
+    "retrieval",
+    "classification",
+    "visual_tokenizer",
+)
 NUM_ANSWERS = 7
 NUM_CLASSES = 5
 
@@ -29,6 +40,8 @@ def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None =
     """A task whose every parameter is random; ``options`` are the task's, ``changes`` the model's."""
     if kind == "language_modeling":
         changes = {"modalities": ("text",)} | changes
+    if kind == "visual_tokenizer":
+        changes = {"modalities": ("vision",)} | changes
     model, options = make_config(ffn, **changes), options or {}
     task: Task
     if kind == "pretrain":
@@ -44,6 +57,14 @@ def make_task(kind: str, ffn: str = "mhmoe", *, options: dict[str, Any] | None =
         task = RetrievalTask(model, RetrievalConfig(**options))
     elif kind == "classification":
         task = ClassificationTask(model, ClassificationConfig(classes="unused", **options), NUM_CLASSES)
+    elif kind == "visual_tokenizer":
+        sizes = {"num_codes": 6, "code_dim": 5, "revival_share": 0.0}
+        task = VisualTokenizerTask(model, VisualTokenizerConfig(**(sizes | options)), PixelTeacher(4))
+        # In the middle of training.
+        codes = torch.randn(task.codebook.codes_KC.shape, generator=torch.Generator().manual_seed(0))
+        task.codebook.codes_KC.copy_(torch.nn.functional.normalize(codes, dim=-1))
+        task.codebook.usage_K.fill_(1.0)
+        task.codebook.num_updates.fill_(9)
     else:
         task = CaptioningTask(model, CaptioningConfig(**options))
     randomize(task)
@@ -99,6 +120,7 @@ def make_batch(kind: str, num: int, *, seed: int = 0) -> Batch:
         "nlvr2": ("image", "right_image", "text_ids", "text_valid", "label"),
         "retrieval": ("image", "text_ids", "text_valid"),
         "classification": ("image", "label"),
+        "visual_tokenizer": ("image",),
     }[kind]
     absent = {f.name: None for f in fields(Batch) if f.name not in ("sample_ids", "seed", "problems", *has)}
     return replace(everything, **absent)

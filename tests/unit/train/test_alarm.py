@@ -15,7 +15,7 @@ import torch
 from mhmoe_vl.distributed.world import World
 from mhmoe_vl.moe import RoutingStats
 from mhmoe_vl.report.progress import alarm_spans
-from mhmoe_vl.train.alarm import ExpertAlarm
+from mhmoe_vl.train.alarm import CodebookAlarm, ExpertAlarm
 from mhmoe_vl.train.journal import Journal
 from mhmoe_vl.train.metrics import MetricsWriter, read_metrics
 
@@ -69,7 +69,7 @@ def test_an_expert_of_a_shared_pool_that_serves_one_modality_is_not_dead() -> No
 def test_the_journal_warns_at_onset_and_records_every_interval(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int
 ) -> None:
-    config: Any = SimpleNamespace(data=SimpleNamespace(batch_size=8))
+    config: Any = SimpleNamespace(data=SimpleNamespace(batch_size=8), task=None)
     writer = MetricsWriter(tmp_path, num_steps_done=0) if rank == 0 else None
     journal = Journal(config, World(rank, 2, rank, torch.device("cpu")), writer, 0)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 1.0, "lr_scale": 1.0}])
@@ -117,3 +117,13 @@ def test_spans_of_alarms() -> None:
         "b: dead experts in steps 21 to 40",
         "a: dead experts in steps 41 to 50",
     ]
+
+
+def test_a_codebook_that_collapses_is_said_once() -> None:
+    """At a tenth of its codes."""
+    alarm = CodebookAlarm(512)
+    said = [alarm.check(perplexity) for perplexity in (51.3, 51.1, 20.0, 400.0, 51.1)]
+    assert [is_on for is_on, _ in said] == [False, True, True, False, True]
+    assert [line is not None for _, line in said] == [False, True, False, False, True]
+    assert said[1][1] is not None
+    assert said[1][1].startswith("the codebook has collapsed: its use has a perplexity of 51.1, below 10% of its 512")
