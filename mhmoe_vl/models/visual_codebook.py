@@ -96,11 +96,6 @@ def to_patches(image_B3HW: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def perplexity_of(counts_K: Tensor) -> float:
-    """Number of equally frequent codes that would be as hard to guess as these, of counts ``[K]``: 1 to K."""
-    return float(torch.special.entr(counts_K.double() / counts_K.sum()).sum().exp())
-
-
 def patches_to_image(patches_BPC: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """The image ``[B, 3, H, W]`` that :func:`to_patches` has cut into ``grid`` rows and columns."""
     patches = patches_BPC.unflatten(-1, (3, patch_size, patch_size)).unflatten(1, grid)

@@ -74,7 +74,7 @@ def parts_of(
             for layer in range(task.config.depth)
         ]
         parts += [_without_backward(part) for part in encoder] if is_frozen(task) else encoder
-        if isinstance(task, PretrainTask) and sample.num_image_tokens:
+        if isinstance(task, PretrainTask) and sample.num_image_tokens and not sample.has_codes:
             parts.append(Part("codes", tracer.visual_codes(number)))
         parts += [
             Part(f"head{num}", tracer.head(head, number * num_rows))

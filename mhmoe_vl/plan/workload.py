@@ -46,6 +46,7 @@ class Sample:
         num_masked_patches, num_masked_tokens: predictions of visual codes and of text tokens.
         is_packed: a sequence is a row of documents, whose attention mask is one of pairs of tokens.
         is_apart: image and text are sequences of their own, as in retrieval.
+        has_codes: its visual codes were stored beside it, so that no tokenizer runs.
     """
 
     num_sequences: int
@@ -55,6 +56,7 @@ class Sample:
     num_masked_tokens: int = 0
     is_packed: bool = False
     is_apart: bool = False
+    has_codes: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +89,7 @@ def samples_of(config: RunConfig) -> dict[str, Sample]:
                     1, num_image, num_text, masked_patches, _num_masked(data.pair_text_mask_ratio, num_text - 2)
                 ),
             }[source.kind]
+            samples[name] = replace(samples[name], has_codes=source.codes)
         elif isinstance(task, CaptioningConfig):
             # The end token may be hidden too.
             samples[name] = Sample(1, num_image, num_text, 0, _num_masked(task.mask_ratio, num_text - 1))
@@ -194,7 +197,7 @@ def sample_cost(task: Task, sample: Sample) -> SampleCost:
     patch_size = 3 * model.patch_size**2
     encoder += sample.num_sequences * 2 * num_patches * patch_size * model.dim
     heads = sum(num_rows * matrix_flops(head) for one in sample.passes for head, num_rows in heads_of(task, one))
-    is_coded = isinstance(task, PretrainTask) and num_patches > 0
+    is_coded = isinstance(task, PretrainTask) and num_patches > 0 and not sample.has_codes
     return SampleCost(
         forward_flops=encoder + heads,
         trained_flops=heads if is_frozen(task) else encoder + heads,

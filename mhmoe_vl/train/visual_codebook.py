@@ -14,8 +14,9 @@ from torch import Tensor
 from mhmoe_vl.data.prepare.drawn_images import draw_images, load_images
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import ConfigError, DataError
+from mhmoe_vl.models.ema_codebook import perplexity
 from mhmoe_vl.models.embeddings import normalize_pixels
-from mhmoe_vl.models.visual_codebook import VisualCodebook, perplexity_of, to_patches
+from mhmoe_vl.models.visual_codebook import VisualCodebook, to_patches
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,4 @@ def _count_different(patches_NC: np.ndarray, enough: int) -> int:
 
 def _usage(codebook: VisualCodebook, patches_NC: Tensor) -> tuple[int, float]:
     counts = torch.bincount(codebook.nearest(patches_NC[None]).flatten(), minlength=codebook.num_codes)
-    return int((counts > 0).sum()), perplexity_of(counts)
+    return int((counts > 0).sum()), float(perplexity(counts))

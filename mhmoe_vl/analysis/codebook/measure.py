@@ -19,8 +19,9 @@ from mhmoe_vl.analysis.codebook.health import CodebookHealth, CodeExamples, Reco
 from mhmoe_vl.data.prepare.drawn_images import LoadedImages, draw_images, load_images
 from mhmoe_vl.data.shards import Skip
 from mhmoe_vl.errors import ConfigError, DataError
+from mhmoe_vl.models.ema_codebook import perplexity
 from mhmoe_vl.models.embeddings import normalize_pixels
-from mhmoe_vl.models.visual_codebook import perplexity_of, to_patches
+from mhmoe_vl.models.visual_codebook import to_patches
 from mhmoe_vl.models.visual_tokenizer import load_visual_tokenizer
 
 #: Patches that are kept of each code.
@@ -121,20 +122,20 @@ def measure(
         "num_patches": int(counts_K.sum()),
         "num_used": len(by_count),
     }
-    perplexity, largest_share = perplexity_of(counts_K), int(counts_K.max()) / int(counts_K.sum())
+    perplexity_of_use, largest_share = float(perplexity(counts_K)), int(counts_K.max()) / int(counts_K.sum())
     return CodebookHealth(
         tokenizer=name,
         patch_size=tokenizer.patch_size,
         image_size=image_size,
         num_images=num_images,
         **figures,
-        perplexity=perplexity,
+        perplexity=perplexity_of_use,
         largest_share=largest_share,
         same_as_left=use.num_same / use.num_pairs if use.num_pairs else None,
         same_by_chance=float((counts_K.double() / counts_K.sum()).square().sum()),
         error=use.error,
         baseline_error=use.baseline_error,
-        warnings=signs_of_collapse(**figures, perplexity=perplexity, largest_share=largest_share),
+        warnings=signs_of_collapse(**figures, perplexity=perplexity_of_use, largest_share=largest_share),
         skipped=skipped,
         counts=counts_K.tolist(),
         most=use.examples(tokenizer, by_count[:num_codes_shown]),

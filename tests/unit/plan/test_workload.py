@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import PatchMasking
 from mhmoe_vl.moe import count_flops
+from mhmoe_vl.plan.memory import parts_of
+from mhmoe_vl.plan.trace import Tracer
 from mhmoe_vl.plan.workload import (
     NUM_IMAGENET_CLASSES,
     NUM_VQA_ANSWERS,
@@ -20,7 +24,7 @@ from mhmoe_vl.plan.workload import (
     samples_of,
     synthetic_batch,
 )
-from tests.unit.plan.builders import TASKS, make_run
+from tests.unit.plan.builders import TASKS, make_device, make_run
 
 
 def test_samples_by_hand() -> None:
@@ -38,6 +42,19 @@ def test_samples_by_hand() -> None:
     image, text = samples_of(make_run("retrieval"))["pair"].passes
     assert (image.num_image_tokens, image.num_text_tokens) == (17, 0)
     assert (text.num_image_tokens, text.num_text_tokens) == (0, 14)
+
+
+def test_nobody_computes_codes_that_are_stored() -> None:
+    config = make_run(data={"train": {"image": {"kind": "image", "shards": "absent", "codes": True}}})
+    task, stored = build_task_without_files(config), samples_of(config)["image"]
+    computed = replace(stored, has_codes=False)
+    # 16 patches of 192 values against 24 codes.
+    assert sample_cost(task, computed).target_flops == 2 * 16 * 192 * 24
+    assert sample_cost(task, stored) == replace(sample_cost(task, computed), target_flops=0)
+    for sample, expected in ((stored, False), (computed, True)):
+        tracer = Tracer(config.model, torch.float32, make_device())
+        parts = parts_of(task, tracer, {"image": sample}, {"image": 2}, checkpointed=False)
+        assert ("codes" in {part.name for part in parts}) == expected
 
 
 def test_patches_are_masked_as_in_training() -> None:
