@@ -26,16 +26,16 @@ class CaptioningConfig(Config):
         mask_ratio: share of a caption's tokens that is hidden, the end token included; BEiT-3's recipes hide 0.7.
         label_smoothing: BEiT-3 uses 0.1.
         drop_worst_ratio: share of the hidden tokens of a micro-batch, those with the largest losses, that is not
-            learned from; BEiT-3 leaves out 0.2.
-        drop_worst_after: in steps after this one, counted from 0; BEiT-3 begins after 12,000.
+            learned from; BEiT-3's recipe leaves out 0.2.
+        drop_worst_after: in steps after this one, counted from 0; BEiT-3's recipe begins after 12,000.
         blind: train and describe without the image.
     """
 
     kind: Literal["captioning"] = "captioning"
     mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    drop_worst_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    drop_worst_after: Annotated[int, Field(ge=0)] = 12000
+    drop_worst_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_worst_after: Annotated[int, Field(ge=0)] = 0
     blind: bool = False
 
 

@@ -18,7 +18,7 @@ from tests.unit.tasks.builders import gradients, make_batch, make_task, take
 
 def make_captioner(*, step: int) -> Task:
     """Of a run that leaves out the worst after step 3."""
-    task = make_task("captioning", "dense", options={"drop_worst_after": 3})
+    task = make_task("captioning", "dense", options={"drop_worst_ratio": 0.2, "drop_worst_after": 3})
     task.step = step
     return task
 
