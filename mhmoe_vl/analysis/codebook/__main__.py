@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", nargs="+", required=True, help="shards with images: directories, files, globs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page; FILE.json is beside it")
     parser.add_argument(
-        "--image-size", type=positive_int, default=224, metavar="N", help="images become this square (default 224)"
+        "--image-size",
+        type=positive_int,
+        metavar="N",
+        help="images become this square (default: what a trained tokenizer was trained on; 224 for k-means patches)",
     )
     parser.add_argument(
         "--max-images", type=positive_int, default=1000, metavar="N", help="drawn at random (default 1000)"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,31 +21,17 @@ from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.ema_codebook import perplexity
 from mhmoe_vl.models.embeddings import normalize_pixels
 from mhmoe_vl.models.visual_codebook import to_patches
-from mhmoe_vl.models.visual_tokenizer import load_visual_tokenizer
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer, VisualTokenizer, load_visual_tokenizer
 
 #: Patches that are kept of each code.
 _NUM_SAMPLES = 8
-
-
-class VisualTokenizer(Protocol):
-    """What turns images into codes, and back."""
-
-    @property
-    def num_codes(self) -> int: ...
-
-    @property
-    def patch_size(self) -> int: ...
-
-    def encode(self, image: Tensor) -> Tensor: ...
-
-    def decode(self, codes_BP: Tensor, grid: tuple[int, int]) -> Tensor: ...
 
 
 def measure_tokenizer(
     path: Path,
     shards: Sequence[str],
     *,
-    image_size: int,
+    image_size: int | None,
     max_images: int,
     seed: int = 0,
     num_codes_shown: int = 12,
@@ -56,7 +41,8 @@ def measure_tokenizer(
     """The tokenizer in the file ``path``, measured on up to ``max_images`` images of ``shards`` drawn at random.
 
     Args:
-        image_size: every image becomes this square.
+        image_size: every image becomes this square; None is the size that the tokenizer was trained on, or 224 pixels
+            where it does not say.
         num_codes_shown: of the most frequent codes, and of the least frequent.
         num_pictures: images to keep with their codes.
         num_workers: processes that decode images.
@@ -66,6 +52,8 @@ def measure_tokenizer(
         DataError: no tokenizer, no shards, or no image that can be read.
     """
     tokenizer = load_visual_tokenizer(path)
+    if image_size is None:
+        image_size = tokenizer.encoder.config.image_size if isinstance(tokenizer, VisualTokenizer) else 224
     if image_size % tokenizer.patch_size:
         raise ConfigError(f"--image-size {image_size} must be a multiple of the {tokenizer.patch_size} px of a patch")
     places = draw_images(shards, max_images=max_images, key=f"tokenizer health/{seed}")
@@ -82,7 +70,7 @@ def measure_tokenizer(
 
 @torch.no_grad()
 def measure(
-    tokenizer: VisualTokenizer,
+    tokenizer: AnyVisualTokenizer,
     loaded: Iterator[LoadedImages],
     *,
     name: str,
@@ -197,7 +185,7 @@ class _CodeUse:
     def _num_values(self) -> int:
         return int(self.counts_K.sum()) * len(self._sum_C)
 
-    def examples(self, tokenizer: VisualTokenizer, codes: Sequence[int]) -> list[CodeExamples]:
+    def examples(self, tokenizer: AnyVisualTokenizer, codes: Sequence[int]) -> list[CodeExamples]:
         if not codes:
             return []
         decoded = to_bytes(tokenizer.decode(torch.tensor(codes)[:, None], (1, 1)))

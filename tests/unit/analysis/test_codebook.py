@@ -25,6 +25,7 @@ from mhmoe_vl.errors import DataError
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.report.codebook import view_codebook
 from tests.unit.data.files import encoded, write_tar
+from tests.unit.models.test_visual_tokenizer import make_tokenizer
 
 PATCH = 2
 #: Codes of one gray value each; what a patch of that gray, or nearly that gray, gets.
@@ -147,6 +148,28 @@ def write_images_shard(folder: Path, *, num_images: int) -> Path:
     members.append(("broken.png", members[0][1][:20]))
     write_index(replace(scan_shard(write_tar(folder / "x.tar", members)), kind="image"))
     return folder
+
+
+def test_a_trained_tokenizer_says_what_size_its_images_are(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.safetensors"
+    trained = make_tokenizer()
+    file.write_bytes(trained.serialized())
+    assert (
+        main(
+            [
+                "--tokenizer",
+                str(file),
+                "--shards",
+                str(write_images_shard(tmp_path / "shards", num_images=3)),
+                "--out",
+                str(tmp_path / "page.html"),
+            ]
+        )
+        == 0
+    )
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert found["image_size"] == trained.encoder.config.image_size != 224
+    assert found["num_codes"] == trained.num_codes
 
 
 def test_the_command_warns_of_a_collapse_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
