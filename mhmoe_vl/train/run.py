@@ -91,7 +91,7 @@ def train(config: RunConfig, world: World) -> None:
         raise SystemExit(STOPPED)
     export_weights(Path(config.out) / run_directory.WEIGHTS, run.module, world=world)
     if isinstance(task, VisualTokenizerTask):
-        export_visual_tokenizer(config, run.module, dataset, plan, world)
+        export_visual_tokenizer(config, task.origin(), dataset, plan, world)
 
 
 def _loop(run: _Run, first_step: int, writer: MetricsWriter | None, stop: list[int]) -> bool:
