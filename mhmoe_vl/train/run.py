@@ -97,8 +97,9 @@ def train(config: RunConfig, world: World) -> None:
         raise SystemExit(STOPPED)
     with run.exported():
         export_weights(Path(config.out) / run_directory.WEIGHTS, run.module, world=world)
-        if isinstance(task, VisualTokenizerTask):
-            export_visual_tokenizer(config, run.module, dataset, plan, world)
+    if isinstance(task, VisualTokenizerTask):
+        # Of the file, and so of the average where there is one.
+        export_visual_tokenizer(config, task.origin(), dataset, plan, world)
     if world.is_main and decay is not None:
         logger.info(
             "%s/%s is the moving average (optimizer.ema_decay=%s); the last weights are in the last checkpoint",

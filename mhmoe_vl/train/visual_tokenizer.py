@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhmoe_vl.data.files import write_atomically
 from mhmoe_vl.data.loader import ShardDataset, train_loader
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.distributed.collectives import all_reduce_sum, fail_together
-from mhmoe_vl.distributed.parallel import unwrap
 from mhmoe_vl.distributed.weights import load_weights
 from mhmoe_vl.distributed.world import World
-from mhmoe_vl.errors import OutputError
+from mhmoe_vl.errors import CheckpointError, OutputError
 from mhmoe_vl.models.embeddings import normalize_pixels
 from mhmoe_vl.models.visual_codebook import to_patches
-from mhmoe_vl.models.visual_tokenizer import build_visual_tokenizer
-from mhmoe_vl.tasks.visual_tokenizer import VisualTokenizerTask
+from mhmoe_vl.models.visual_tokenizer import VisualTokenizer, build_visual_tokenizer
 from mhmoe_vl.train import run_directory
 from mhmoe_vl.train.config import RunConfig
-from mhmoe_vl.train.precision import autocast_for
 
 logger = logging.getLogger(__name__)
 
@@ -34,62 +32,55 @@ _PATCHES_PER_CODE = 64
 
 
 def export_visual_tokenizer(
-    config: RunConfig, module: nn.Module, dataset: ShardDataset, plan: MixturePlan, world: World
+    config: RunConfig, origin: dict[str, Any], dataset: ShardDataset, plan: MixturePlan, world: World
 ) -> None:
-    """Write ``visual_tokenizer.safetensors`` into the run directory, beside the weights that are there. Collective.
+    """Make ``visual_tokenizer.safetensors`` of the final weights in the run directory. Collective.
+
+    Args:
+        origin: what the file says about its making.
 
     Raises:
+        CheckpointError: the weights cannot be read, on this rank or another.
         OutputError: on every rank, if the file cannot be written.
     """
-    task = unwrap(module)
-    assert isinstance(task, VisualTokenizerTask)
     directory = Path(config.out)
     path = directory / run_directory.VISUAL_TOKENIZER
-    mean_patches_KM = _mean_patches(config, module, task, dataset, plan, world)
+    with fail_together(CheckpointError):
+        # Whole, whatever strategy trained them, so that no module needs to be gathered, and without the teacher.
+        weights = load_weights(directory / run_directory.WEIGHTS)
+        tensors = {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "code_head."))}
+        tensors["codes_KC"] = codes_KC = weights["codebook.codes_KC"]
+        tensors["mean_patches_KM"] = torch.zeros(len(codes_KC), 3 * config.model.patch_size**2)
+        tokenizer = build_visual_tokenizer(config.model, tensors, origin).to(world.device)
+    tokenizer.mean_patches_KM.copy_(_mean_patches(config, tokenizer, dataset, plan, world))
     with fail_together(OutputError, f"{path}: cannot write the visual tokenizer"):
         if world.is_main:
-            # Whole, whatever strategy trained them.
-            weights = load_weights(directory / run_directory.WEIGHTS)
-            tensors = {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "code_head."))}
-            tensors |= {"codes_KC": weights["codebook.codes_KC"], "mean_patches_KM": mean_patches_KM}
-            write_atomically(path, build_visual_tokenizer(config.model, tensors, task.origin()).serialized())
+            write_atomically(path, tokenizer.serialized())
             logger.info("visual tokenizer: %s", path)
 
 
-@torch.no_grad()
 def _mean_patches(
-    config: RunConfig,
-    module: nn.Module,
-    task: VisualTokenizerTask,
-    dataset: ShardDataset,
-    plan: MixturePlan,
-    world: World,
+    config: RunConfig, tokenizer: VisualTokenizer, dataset: ShardDataset, plan: MixturePlan, world: World
 ) -> Tensor:
     """The mean of each code's patches in the samples of the first steps, float32 in [-1, 1]; of a code without patches,
     the mean of all. Collective."""
-    num_codes, num_values = task.codebook.num_codes, 3 * config.model.patch_size**2
-    totals_KM = torch.zeros(num_codes, num_values + 1, dtype=torch.float64)
+    totals_KM = torch.zeros(tokenizer.num_codes, 3 * tokenizer.patch_size**2 + 1, dtype=torch.float64)
     loader = train_loader(
         dataset,
         plan,
-        steps=range(_num_steps(config, plan, num_codes)),
+        steps=range(_num_steps(config, plan, tokenizer.num_codes)),
         num_micro_batches=config.num_micro_batches,
         rank=world.rank,
         world_size=world.world_size,
         num_workers=config.data.num_workers,
         pin_memory=False,
     )
-    module.eval()
     for micro_batch in loader:
-        batches = {name: batch.to(world.device) for name, batch in micro_batch.items()}
-        with autocast_for(config.precision, world.device):
-            output = module(batches, {"patches": 1.0})
-        for name, patches in output.patches.items():
-            image = micro_batch[name].image
-            assert image is not None
-            pixels_NM = to_patches(normalize_pixels(image), config.model.patch_size).flatten(0, 1).double()
-            counted_NM = torch.cat([pixels_NM, pixels_NM.new_ones(len(pixels_NM), 1)], dim=1)
-            totals_KM.index_add_(0, patches.codes_N.cpu(), counted_NM)
+        for batch in micro_batch.values():
+            assert batch.image is not None
+            codes_N = tokenizer.encode(batch.image.to(world.device)).flatten().cpu()
+            pixels_NM = to_patches(normalize_pixels(batch.image), tokenizer.patch_size).flatten(0, 1).double()
+            totals_KM.index_add_(0, codes_N, torch.cat([pixels_NM, torch.ones_like(pixels_NM[:, :1])], dim=1))
     totals_KM = all_reduce_sum(totals_KM)
     sums_KM, counts_K1 = totals_KM[:, :-1], totals_KM[:, -1:]
     mean_of_all_M = sums_KM.sum(0) / counts_K1.sum()
