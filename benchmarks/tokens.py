@@ -29,8 +29,7 @@ from mhmoe_vl.data.loader import ShardDataset, Source
 from mhmoe_vl.data.plan import SampleRef
 from mhmoe_vl.data.samples import ImageSamples, PatchMasking
 from mhmoe_vl.data.stored_codes import StoredCodes
-from mhmoe_vl.models.visual_codebook import VisualCodebook
-from mhmoe_vl.models.visual_tokenizer import load_visual_tokenizer
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer, load_visual_tokenizer
 from mhmoe_vl.train.tokenize_images import Tokenization, tokenize_images
 
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dataset(
-    shards: Sequence[str | Path], options: Tokenization, tokenizer: VisualCodebook, *, coded: bool
+    shards: Sequence[str | Path], options: Tokenization, tokenizer: AnyVisualTokenizer, *, coded: bool
 ) -> ShardDataset:
     grid = options.image_size // tokenizer.patch_size
     codes = StoredCodes(options.origin(), num_patches=grid**2, num_codes=tokenizer.num_codes) if coded else None
@@ -97,7 +96,7 @@ def _load(dataset: ShardDataset, num_images: int) -> Batch:
     return dataset.batch("image", [SampleRef("image", number // size, number % size) for number in range(num_images)])
 
 
-def _encode(tokenizer: VisualCodebook, batch: Batch, device: torch.device) -> torch.Tensor:
+def _encode(tokenizer: AnyVisualTokenizer, batch: Batch, device: torch.device) -> torch.Tensor:
     assert batch.image is not None
     return tokenizer.encode(batch.image.to(device)).cpu()
 
