@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.measure import clock_named, paired_ratios, saved_bytes, take_turns, write_result
-from benchmarks.peers import gshard, hugging_face, megablocks, scatter_moe, soft_moe, torchscale_xmoe
+from benchmarks.peers import gshard, hugging_face, leave_group, megablocks, scatter_moe, soft_moe, torchscale_xmoe
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, routing_stats
 
 Pass = Callable[[], object]
@@ -97,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: for busy machines")
     parser.add_argument("--out", type=Path, help="JSON result file (default: benchmarks/results/moe_DATE.json)")
     args = parser.parse_args(argv)
-    results = [
-        result for dtype in args.dtypes for cell in args.cells for result in _measure(cell, getattr(torch, dtype), args)
-    ]
+    cells = [(cell, getattr(torch, dtype)) for dtype in args.dtypes for cell in args.cells]
+    try:
+        results = [result for cell, dtype in cells for result in _measure(cell, dtype, args)]
+    finally:
+        leave_group()
     out = args.out or Path("benchmarks/results") / f"moe_{date.today():%Y%m%d}.json"
     write_result(out, vars(args), results)
     _draw(results, out.with_suffix(".svg"))

@@ -68,6 +68,13 @@ def soft_moe(dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: in
     return OnSubTokens(dim, num_heads, block)
 
 
+def leave_group() -> None:
+    """Close the process group of :func:`torchscale_xmoe`, if there is one: whatever runs in this process next may form
+    its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def torchscale_xmoe(
     dim: int, ffn_dim: int, num_experts: int, num_heads: int, top_k: int, *, num_tokens: int
 ) -> nn.Module:
