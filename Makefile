@@ -40,6 +40,6 @@ bench: install ## time layers of all kinds, the expert layer against its floor, 
 	$(BIN)/python -m benchmarks.train
 
 clean: ## remove the environment, runs and sample data
-	rm -rf $(VENV) runs data/quickstart data/study data/study-smoke
+	rm -rf $(VENV) runs data/quickstart data/study data/study-smoke data/targets
 
 .PHONY: help install quickstart study-smoke study test check bench clean

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.models.embeddings import normalize_pixels
+from mhmoe_vl.models.tensor_bytes import tensor_bytes
 
 FORMAT = "mhmoe_vl/visual-codebook/1"
 
@@ -65,9 +65,9 @@ class VisualCodebook(nn.Module):
         return patches_to_image(self.codes_KC[codes_BP], self.patch_size, grid)
 
     def serialized(self) -> bytes:
-        """Content of the safetensors file that :meth:`load` reads."""
+        """Content of the safetensors file that :meth:`load` reads; the same bytes at every call."""
         metadata = {"format": FORMAT, "config": json.dumps({"patch_size": self.patch_size})}
-        return save({"codes": self.codes_KC.contiguous()}, metadata)
+        return tensor_bytes({"codes": self.codes_KC.contiguous()}, metadata)
 
     @staticmethod
     def load(path: Path) -> VisualCodebook:

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from mhmoe_vl.errors import ConfigError, DataError
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.ema_codebook import nearest_codes
 from mhmoe_vl.models.encoder import MultiwayEncoder, initial_std
+from mhmoe_vl.models.tensor_bytes import tensor_bytes
 from mhmoe_vl.models.visual_codebook import FORMAT as CODEBOOK_FORMAT
 from mhmoe_vl.models.visual_codebook import VisualCodebook, patches_to_image
 
@@ -120,7 +120,7 @@ class VisualTokenizer(nn.Module):
             "origin": self.origin,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        return _with_sorted_header(save(tensors, {"format": FORMAT, "config": json.dumps(config)}))
+        return tensor_bytes(tensors, {"format": FORMAT, "config": json.dumps(config)})
 
 
 #: What gives the targets of masked patches: both have ``num_codes``, ``patch_size``, ``encode``, ``decode`` and
@@ -155,16 +155,6 @@ def load_visual_tokenizer(path: str | Path) -> AnyVisualTokenizer:
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged ({type(error).__name__}: {reason}); export the tokenizer again") from None
-
-
-def _with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file whose metadata come in a fixed order: the library's is another in every process, and a run
-    that goes on compares files by their bytes."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    # Filled up so that tensors begin at a multiple of 8 bytes, as the format wants it.
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def build_visual_tokenizer(

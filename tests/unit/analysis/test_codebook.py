@@ -25,7 +25,7 @@ from mhmoe_vl.errors import DataError
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.report.codebook import view_codebook
 from tests.unit.data.files import encoded, write_tar
-from tests.unit.models.test_visual_tokenizer import make_tokenizer
+from tests.unit.models.builders import make_visual_tokenizer
 
 PATCH = 2
 #: Codes of one gray value each; what a patch of that gray, or nearly that gray, gets.
@@ -152,7 +152,7 @@ def write_images_shard(folder: Path, *, num_images: int) -> Path:
 
 def test_a_trained_tokenizer_says_what_size_its_images_are(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.safetensors"
-    trained = make_tokenizer()
+    trained = make_visual_tokenizer()
     file.write_bytes(trained.serialized())
     assert (
         main(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_prep import pack_images
 from data_prep.fit_visual_codebook import main
@@ -33,7 +32,7 @@ def test_workers_do_not_change_the_codes(shards: Path, tmp_path: Path, capsys: p
     assert main(options(shards, files[0])) == 0
     assert "20 codes of 4-px patches from 640 patches of 40 images; 20 codes used" in capsys.readouterr().out
     assert main([*options(shards, files[1]), "--workers", "2"]) == 0
-    assert torch.equal(*(VisualCodebook.load(file).codes_KC for file in files))
+    assert files[0].read_bytes() == files[1].read_bytes()
     assert len(VisualCodebook.load(files[0]).codes_KC.unique(dim=0)) == 20
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.encoder import EncoderOutput, MultiwayEncoder
+from mhmoe_vl.models.visual_tokenizer import CodeHead, VisualTokenizer
 from mhmoe_vl.moe import KINDS
 
 #: Every kind of feed-forward layer, with per-modality and with shared experts.
@@ -68,3 +70,17 @@ def weighted_sum(output: EncoderOutput) -> Tensor:
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         total = total + (hidden * weights).sum()
     return total
+
+
+def make_visual_tokenizer(ffn: str = "dense") -> VisualTokenizer:
+    """Seven codes of 4-px patches, random all over."""
+    encoder = MultiwayEncoder(make_config(ffn, modalities=("vision",)))
+    head = CodeHead(encoder.config.dim, 5)
+    randomize(encoder)
+    randomize(head)
+    generator = torch.Generator().manual_seed(0)
+    head.center_on(torch.randn(5, generator=generator) / 10)
+    codes = F.normalize(torch.randn(7, 5, generator=generator), dim=-1)
+    return VisualTokenizer(
+        encoder, head, codes, torch.rand(7, 48, generator=generator) * 2 - 1, {"teacher": "x"}
+    ).eval()

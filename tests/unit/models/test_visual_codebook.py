@@ -109,6 +109,8 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     loaded = VisualCodebook.load(tmp_path / "codes.safetensors")
     assert torch.equal(loaded.codes_KC, codebook.codes_KC)
     assert loaded.patch_size == PATCH
+    # Whoever stores codes knows the file by its hash.
+    assert {loaded.serialized() for _ in range(10)} == {codebook.serialized()}
 
 
 def test_codes_that_do_not_fit_their_patches() -> None:

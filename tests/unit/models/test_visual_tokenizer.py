@@ -14,31 +14,15 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from mhmoe_vl.errors import DataError
-from mhmoe_vl.models.encoder import MultiwayEncoder
 from mhmoe_vl.models.frozen import Frozen
 from mhmoe_vl.models.visual_codebook import VisualCodebook
 from mhmoe_vl.models.visual_tokenizer import (
     FORMAT,
-    CodeHead,
     VisualTokenizer,
     build_visual_tokenizer,
     load_visual_tokenizer,
 )
-from tests.unit.models.builders import make_config, randomize
-
-
-def make_tokenizer(ffn: str = "dense") -> VisualTokenizer:
-    """Seven codes of 4-px patches, random all over."""
-    encoder = MultiwayEncoder(make_config(ffn, modalities=("vision",)))
-    head = CodeHead(encoder.config.dim, 5)
-    randomize(encoder)
-    randomize(head)
-    generator = torch.Generator().manual_seed(0)
-    head.center_on(torch.randn(5, generator=generator) / 10)
-    codes = F.normalize(torch.randn(7, 5, generator=generator), dim=-1)
-    return VisualTokenizer(
-        encoder, head, codes, torch.rand(7, 48, generator=generator) * 2 - 1, {"teacher": "x"}
-    ).eval()
+from tests.unit.models.builders import make_visual_tokenizer
 
 
 def images(size: int = 16) -> Tensor:
@@ -52,7 +36,7 @@ def written(tokenizer: VisualTokenizer, folder: Path) -> Path:
 
 
 def test_codes_are_nearest_to_centred_vectors() -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_visual_tokenizer()
     found = tokenizer.encode(images())
     assert found.dtype == torch.int64
     hidden = tokenizer.encoder(images()).vision[:, 1:]
@@ -65,7 +49,7 @@ def test_codes_are_nearest_to_centred_vectors() -> None:
 @pytest.mark.parametrize("ffn", ["dense", "mhmoe"])
 def test_writing_and_loading(tmp_path: Path, ffn: str) -> None:
     """Also under autocast, at another size, and without touching the random numbers of whoever loads it."""
-    tokenizer = make_tokenizer(ffn)
+    tokenizer = make_visual_tokenizer(ffn)
     path = written(tokenizer, tmp_path)
     torch.manual_seed(3)
     expected = torch.rand(())
@@ -88,7 +72,7 @@ def test_writing_and_loading(tmp_path: Path, ffn: str) -> None:
 
 
 def test_pictures_are_the_mean_patches_of_codes() -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_visual_tokenizer()
     codes = torch.randint(0, 7, (2, 6), generator=torch.Generator().manual_seed(2))
     expected = VisualCodebook(tokenizer.mean_patches_KM, 4).decode(codes, (2, 3))
     assert_close(tokenizer.decode(codes, (2, 3)), expected)
@@ -114,7 +98,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     save_file({"codes": torch.zeros(1)}, path, metadata={"format": "something/1"})
     with pytest.raises(DataError, match=f"is not a visual tokenizer .{FORMAT} or mhmoe_vl/visual-codebook/1."):
         load_visual_tokenizer(path)
-    written(make_tokenizer(), tmp_path)
+    written(make_visual_tokenizer(), tmp_path)
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -133,7 +117,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_building_makes_no_copies() -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_visual_tokenizer()
     built = build_visual_tokenizer(tokenizer.encoder.config, tokenizer.state_dict(), {})
     assert built.codes_KC.data_ptr() == tokenizer.codes_KC.data_ptr()
 
@@ -143,7 +127,7 @@ def test_what_is_frozen_is_no_part() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.own = torch.nn.Linear(1, 1)
-            self.frozen = Frozen(make_tokenizer().train())
+            self.frozen = Frozen(make_visual_tokenizer().train())
 
     owner = Owner().train()
     inside = owner.frozen.on(torch.device("cpu"))
