@@ -37,7 +37,6 @@ class WeightAverage:
 
     def update(self) -> None:
         """Take in the parameters as they are now. Once after every optimizer step that was not skipped."""
-        reshard(self._module)
         averages, parameters = zip(*self._pairs(), strict=True)
         self._average(averages, parameters, 0)
 

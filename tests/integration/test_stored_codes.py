@@ -207,3 +207,16 @@ def test_codes_where_there_are_none_are_refused(
         tree["data"]["train"][source]["shards"] = str(shards / "images-train")
     with pytest.raises(ConfigError, match=message):
         dataset_of(tree)
+
+
+def test_the_middle_of_held_out_images_has_no_codes(shards: Path, coded: Path, tmp_path: Path) -> None:
+    """Stored ones are of whole images."""
+    tree = config_of(shards, coded, tmp_path, "views")
+    tree["data"] |= {
+        "center_crop": True,
+        "validation": {"image": {"kind": "image", "shards": str(coded / "images-whole"), "codes": True}},
+    }
+    with pytest.raises(ConfigError, match=r"data\.validation\.image\.codes: .* data\.center_crop cuts the middle out"):
+        dataset_of(tree)
+    del tree["data"]["validation"]["image"]["codes"]
+    dataset_of(tree)
