@@ -65,10 +65,11 @@ def spread_experts(module: nn.Module, *, degree: int, world: World) -> None:
 
 
 def _spread(owner: nn.Module, mesh: DeviceMesh) -> None:
+    ranks = mesh["ep"]
     for part in owner.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             # Each rank cuts out its own slice.
-            slices = distribute_tensor(parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+            slices = distribute_tensor(parameter.detach(), ranks, [Shard(0)], src_data_rank=None)
             part.register_parameter(name, nn.Parameter(slices, requires_grad=parameter.requires_grad))
     fully_shard(owner, mesh=mesh["dp"])
 

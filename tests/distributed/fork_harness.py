@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import pickle
@@ -24,6 +25,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
+from mhmoe_vl.distributed import expert_parallel, parallel
 from mhmoe_vl.distributed.world import World
 
 ResultT = TypeVar("ResultT")
@@ -98,6 +100,9 @@ def _child(function: Callable[[World], Any], rank: int, world_size: int, store: 
         )
         # Without a collective in it, a quick rank would leave while others still connect to it.
         dist.barrier()
+        # A mesh makes groups, and a group sockets between all pairs: many cases of one layout share theirs.
+        for module in (expert_parallel, parallel):
+            module.init_device_mesh = functools.cache(module.init_device_mesh)
         result = function(World(rank, world_size, rank, torch.device("cpu")))
         dist.destroy_process_group()
         sender.send_bytes(pickle.dumps((True, result)))

@@ -44,7 +44,6 @@ ONE_PROCESS = World(0, 1, 0, torch.device("cpu"))
 PER_HEAD = {"pools": "per_head", "num_experts": 12}
 CASES: dict[str, Case] = {
     "uneven tokens": Case([5, 2, 7, 1]),
-    "whole tokens": Case([5, 2, 7, 1], num_heads=None),
     "x-moe": Case([3, 4, 5, 6], num_heads=None, options={"router": "cosine", "num_experts": 8}),
     "fine-grained": Case([3, 4, 5, 6], num_heads=None, options={"num_experts": 8, "top_k": 3, "ffn_dim": 3}),
     "k = 2 with everything": Case(
@@ -54,15 +53,11 @@ CASES: dict[str, Case] = {
     ),
     "no biases": Case([2, 3, 4, 5], options={"bias": False, "top_k": 2, "gate": "sigmoid"}),
     "all sub-tokens on the first expert": Case([5, 2, 7, 1], favoured=0),
-    "all sub-tokens on the last expert": Case([5, 2, 7, 1], favoured=3, options={"top_k": 2}),
     "only the last rank has tokens": Case([0, 0, 0, 9], options={"top_k": 2}),
     "fewer tokens than experts": Case([0, 1, 0, 0], num_heads=None, options={"num_experts": 8}),
     "no tokens at all": Case([0, 0, 0, 0]),
-    "padding": Case([5, 2, 7, 1], valid=0.5, options={"top_k": 2}),
     "nothing but padding": Case([5, 2, 7, 1], valid=0.0),
     "experts that dp does not divide": Case([5, 2, 7, 1], options={"num_experts": 12, "top_k": 2}),
-    "one expert per rank": Case([5, 2, 7, 1], num_heads=4),
-    "heads": Case([5, 2, 7, 1], num_heads=4, options=PER_HEAD),
     "heads with everything": Case(
         [5, 2, 7, 1],
         num_heads=4,
@@ -74,8 +69,7 @@ CASES: dict[str, Case] = {
     "heads, no tokens at all": Case([0, 0, 0, 0], 4, PER_HEAD, valid=0.5),
     "heads, nothing but padding": Case([5, 2, 7, 1], 4, PER_HEAD, valid=0.0),
     "norms inside experts": Case([5, 2, 7, 1], options={"sub_ln": True, "top_k": 2}, valid=0.7),
-    "loop": Case([5, 2, 7, 1], options={"backend": "loop", "top_k": 2}, valid=0.7),
-    "loop, ranks that receive nothing": Case([5, 2, 7, 1], options={"backend": "loop"}, favoured=0),
+    "loop, ranks that receive nothing": Case([5, 2, 7, 1], options={"backend": "loop"}, favoured=0, valid=0.7),
 }
 # Backends that have no float64.
 FLOAT32_CASES = {
@@ -110,7 +104,8 @@ def test_outputs_losses_and_gradients_equal_one_process() -> None:
 def test_float32_and_its_backends() -> None:
     everything = CASES["k = 2 with everything"], CASES["heads with everything"]
     cases = [replace(case, dtype=torch.float32) for case in (*everything, *FLOAT32_CASES.values())]
-    for case, found in zip(cases, outcomes(cases, 4, 2), strict=True):
+    cases = [on(case, 2) for case in cases]
+    for case, found in zip(cases, outcomes(cases, 2, 2), strict=True):
         assert_same(found, on_one_process(case), case, 1e-5)
 
 
@@ -146,7 +141,7 @@ def random_case(rng: random.Random, world_size: int, degree: int) -> Case:
 @pytest.mark.parametrize(("world_size", "degree"), LAYOUTS)
 def test_random_layers_loads_and_masks(world_size: int, degree: int) -> None:
     rng = random.Random(world_size * 10 + degree)
-    cases = [random_case(rng, world_size, degree) for _ in range(9)]
+    cases = [random_case(rng, world_size, degree) for _ in range(6)]
     for case, found in zip(cases, outcomes(cases, world_size, degree), strict=True):
         assert_same(found, on_one_process(case), case, 1e-11)
 
@@ -197,9 +192,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("layers", "world_size", "degree"), [("rows", 4, 2), ("rows", 2, 2), ("heads", 4, 2), ("heads", 4, 4)]
-)
+@pytest.mark.parametrize(("layers", "world_size", "degree"), [("rows", 4, 2), ("rows", 2, 2), ("heads", 4, 4)])
 def test_clipped_adamw_steps_equal_one_process(layers: str, world_size: int, degree: int) -> None:
     """Weights, moments, and the one global norm over shards on two meshes."""
     options = {"top_k": 2} | (PER_HEAD if layers == "heads" else {"num_experts": 12})
@@ -236,7 +229,7 @@ def test_experts_are_sharded_over_all_ranks_and_the_state_dict_keeps_its_keys() 
 
 
 #: Number of ranks, and over how many of them experts are spread.
-SAVED_BY, LOADED_BY = {"rows": [(2, 2), (4, 2)], "heads": [(4, 2)]}, [(1, 1), (4, 4)]
+SAVED_BY, LOADED_BY = {"rows": [(2, 2)], "heads": [(4, 2)]}, [(1, 1), (4, 4)]
 
 
 @pytest.mark.parametrize("layers", ["rows", "heads"])
@@ -329,7 +322,7 @@ def task_gradients(task: Task, module: nn.Module, batches: MicroBatch) -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("cuts", "tasks"), [([(0, 2), (2, 2), (2, 3), (3, 5)], ["mhmoe", "recomputed heads"]), ([(0, 5), (5, 5)], [*TASKS])]
+    ("cuts", "tasks"), [([(0, 2), (2, 2), (2, 3), (3, 5)], ["recomputed heads"]), ([(0, 5), (5, 5)], [*TASKS])]
 )
 def test_pretraining_tasks_equal_one_process(cuts: list[tuple[int, int]], tasks: list[str]) -> None:
     """One of the ranks has no samples of any kind."""

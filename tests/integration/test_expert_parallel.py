@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 #: Those that are also stopped and resumed.
-STOPPED = ("mhmoe", "head parallel")
+STOPPED = ("head parallel",)
 
 
 def tree_of(shards: Path, out: Path, model: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def study(shards: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "tasks": {"masked": {"config": write_config(folder / "task.yaml", tree), "metrics": ["pair_mlm", "pair_mim"]}},
         "seeds": [0, 1],
         "learning_rates": {"factors": [0.5, 1], "seed": 0},
+        "num_timed_steps": 2,
         **changes,
     }
 

@@ -147,10 +147,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("dim", "top_k"), [(16, 1), (24, 3), (96, 2)])
 def test_outputs_and_gradients(dim: int, top_k: int, glu: bool, bias: bool, dtype: torch.dtype) -> None:
     """Widths of one part, of a part and a padded part, and of two; 40 hidden columns are no multiple of a block."""
-    assert_fused_equals_expected(random_case(45, dim, 40, 4, top_k, glu=glu, bias=bias, dtype=dtype), dtype)
+    assert_fused_equals_expected(random_case(35, dim, 40, 3, top_k, glu=glu, bias=bias, dtype=dtype), dtype)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
     num_rows=st.integers(0, 40),
     dim=st.integers(1, 40),
