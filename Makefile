@@ -11,6 +11,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py mhmoe_vl/moe/activat
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q mhmoe_vl eval data_prep
 	touch $@
 
 install: $(VENV)/.installed ## make .venv with everything in it
@@ -26,7 +27,7 @@ study: install ## the main comparison, on public data: make study PUBLIC=folder 
 	OMP_NUM_THREADS=1 $(BIN)/python -m mhmoe_vl.study --config configs/study/main.yaml --workers 2 --document docs/RESULTS.md
 
 test: install ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: install ## lint, types, import direction
 	$(BIN)/ruff check .

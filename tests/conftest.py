@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports triton: its own language is written in kernels too, and stays compiled otherwise.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Nothing that collecting tests makes is garbage, and looking for it takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

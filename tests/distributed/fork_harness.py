@@ -39,7 +39,7 @@ class RankError(AssertionError):
     """A rank raised, or ended without a word."""
 
 
-def run_ranks(function: Callable[[World], ResultT], world_size: int, *, timeout: float = 60.0) -> list[ResultT]:
+def run_ranks(function: Callable[[World], ResultT], world_size: int, *, timeout: float = 120.0) -> list[ResultT]:
     """``function(world)`` on ``world_size`` CPU ranks; their results in rank order.
 
     Raises:

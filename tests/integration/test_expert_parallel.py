@@ -18,15 +18,14 @@ from tests.distributed.fork_harness import run_ranks
 from tests.integration.runs import ALONE, figures, fine_tuning, pretraining, train
 from tests.integration.test_resume import assert_close, merged
 
-MODELS: dict[str, dict[str, Any]] = {
-    "mhmoe": {"ffn": "mhmoe"},
-    "head parallel": {"ffn": "mhmoe_head_parallel"},
-    "xmoe, shared pools": {"ffn": "xmoe", "moe": {"experts": "shared", "top_k": 2}},
-    "smoe with a joint pool": {"ffn": "smoe", "vl_ffn_layers": 1, "checkpoint_activations": True},
+MHMOE: dict[str, Any] = {"ffn": "mhmoe"}
+HEADS: dict[str, Any] = {"ffn": "mhmoe_head_parallel"}
+JOINT: dict[str, Any] = {
+    "ffn": "xmoe",
+    "vl_ffn_layers": 1,
+    "checkpoint_activations": True,
+    "moe": {"experts": "shared", "top_k": 2},
 }
-
-#: Those that are also stopped and resumed.
-STOPPED = ("head parallel",)
 
 
 def tree_of(shards: Path, out: Path, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -47,15 +46,17 @@ def assert_same_run(out: Path, expected: Path) -> None:
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_run_equals_that_of_one_process(shards: Path, tmp_path: Path, model: str) -> None:
+def test_a_run_equals_that_of_one_process(shards: Path, tmp_path: Path) -> None:
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    consumed = train(tree_of(shards, alone, JOINT), ALONE)
+    assert merged(run_ranks(partial(train, tree_of(shards, spread, JOINT, expert_parallel=2)), 2)) == merged([consumed])
+    assert_same_run(spread, alone)
+
+
+def test_a_run_that_is_stopped_goes_on_spread_or_on_one_process(shards: Path, tmp_path: Path) -> None:
     alone, spread, broken, on_one = (tmp_path / name for name in ("alone", "spread", "broken", "on_one"))
-    make: Callable[..., dict[str, Any]] = partial(tree_of, shards, model=MODELS[model])
+    make: Callable[..., dict[str, Any]] = partial(tree_of, shards, model=HEADS)
     consumed = train(make(out=alone), ALONE)
-    if model not in STOPPED:
-        assert merged(run_ranks(partial(train, make(out=spread, expert_parallel=2)), 2)) == merged([consumed])
-        assert_same_run(spread, alone)
-        return
 
     def both(world: World) -> Any:
         of_whole = train(make(out=spread, expert_parallel=2), world)
@@ -64,8 +65,6 @@ def test_a_run_equals_that_of_one_process(shards: Path, tmp_path: Path, model: s
     results = run_ranks(both, 2)
     assert merged([of_whole for of_whole, _ in results]) == merged([consumed])
     assert_same_run(spread, alone)
-
-    # Stopped after two steps, it goes on with its experts spread, or on one process that has them all.
     shutil.copytree(broken, on_one)
     run_ranks(partial(train, make(out=broken, expert_parallel=2)), 2)
     assert figures(broken) == figures(spread)
@@ -75,9 +74,9 @@ def test_a_run_equals_that_of_one_process(shards: Path, tmp_path: Path, model: s
 
 def test_a_run_on_one_process_goes_on_with_experts_spread_over_four(shards: Path, tmp_path: Path) -> None:
     alone, broken = tmp_path / "alone", tmp_path / "broken"
-    train(tree_of(shards, alone, MODELS["mhmoe"]), ALONE)
-    train(tree_of(shards, broken, MODELS["mhmoe"]), ALONE, stop_after=2)
-    run_ranks(partial(train, tree_of(shards, broken, MODELS["mhmoe"], expert_parallel=4)), 4)
+    train(tree_of(shards, alone, MHMOE), ALONE)
+    train(tree_of(shards, broken, MHMOE), ALONE, stop_after=2)
+    run_ranks(partial(train, tree_of(shards, broken, MHMOE, expert_parallel=4)), 4)
     assert_same_run(broken, alone)
 
 
