@@ -27,6 +27,7 @@ class Memory:
 
     Attributes:
         average: moving average of the weights (``optimizer.ema_decay``), laid out as they are.
+        tokenizer: weights of the visual tokenizer, whole on every rank.
         gathered: FSDP2: the root's parameters, two blocks' (one is computed, one is fetched), and as many gradients.
         weight_copies: 16-bit copies of weights, whole also where the weights are sharded: autocast keeps them until
             the forward pass of all sources ends, and every source casts the experts anew.
@@ -39,6 +40,7 @@ class Memory:
     gradients: int
     optimizer: int
     average: int
+    tokenizer: int
     gathered: int
     weight_copies: int
     activations: int
@@ -75,7 +77,7 @@ def parts_of(
         ]
         parts += [_without_backward(part) for part in encoder] if is_frozen(task) else encoder
         if isinstance(task, PretrainTask) and sample.num_image_tokens and not sample.has_codes:
-            parts.append(Part("codes", tracer.visual_codes(number)))
+            parts.append(Part("codes", tracer.visual_codes(task.codebook, number)))
         parts += [
             Part(f"head{num}", tracer.head(head, number * num_rows))
             for num, (head, num_rows) in enumerate(heads_of(task, sample))
@@ -106,12 +108,19 @@ def memory_of(
         copies[part.name] = max(copies.get(part.name, 0), part.trace.weight_copies)
     return Memory(
         **states,
+        tokenizer=_tokenizer_bytes(task),
         gathered=gathered,
         weight_copies=sum(copies.values()) + sum(part.trace.expert_copies for part in parts) // layout.expert_parallel,
         activations=sum(part.trace.kept for part in parts),
         temporary=max(part.trace.temporary for part in parts),
         all_to_all=all_to_all,
     )
+
+
+def _tokenizer_bytes(task: Task) -> int:
+    if not isinstance(task, PretrainTask):
+        return 0
+    return sum(tensor.nbytes for tensor in (*task.codebook.parameters(), *task.codebook.buffers()))
 
 
 def states_and_gathered(shards: Shards, *, keeps_average: bool = False) -> tuple[dict[str, int], int]:

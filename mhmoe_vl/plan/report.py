@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from mhmoe_vl.plan.devices import Device
 from mhmoe_vl.plan.memory import USABLE
 from mhmoe_vl.plan.plan import Plan, gigabytes
+from mhmoe_vl.tasks.pretrain import PretrainConfig
 from mhmoe_vl.train.config import RunConfig
 
 
@@ -19,6 +21,7 @@ def describe(plan: Plan, config: RunConfig) -> str:
         *_device(plan),
         "",
         *_sources(plan),
+        *_targets(plan, config),
         "",
         *_memory(plan),
         "",
@@ -56,6 +59,15 @@ def _sources(plan: Plan) -> list[str]:
     if plan.busy_share < 0.95:
         lines.append(f"  samples do not divide: the mean rank works {plan.busy_share:.0%} of the time of the busiest")
     return lines
+
+
+def _targets(plan: Plan, config: RunConfig) -> list[str]:
+    largest = max(source.cost.target_flops for source in plan.sources.values())
+    if not isinstance(config.task, PretrainConfig) or not largest:
+        return []
+    path = config.task.visual_codebook
+    tokenizer = path if Path(path).is_file() else f"k-means patches, assumed because {path} does not exist"
+    return [f"  of which {largest / 1e9:,.1f} GFLOP of each image are its targets: {tokenizer}"]
 
 
 def _memory(plan: Plan) -> list[str]:

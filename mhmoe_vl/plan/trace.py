@@ -12,6 +12,7 @@ Shape suffixes: B samples, L text tokens, N predictions, D width.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import weakref
@@ -33,7 +34,7 @@ from mhmoe_vl.models.config import ModelConfig
 from mhmoe_vl.models.encoder import Block, MultiwayEncoder
 from mhmoe_vl.models.heads import Nlvr2Head
 from mhmoe_vl.models.streams import Streams
-from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer
 from mhmoe_vl.moe import Experts
 from mhmoe_vl.moe.cost import grouped_mm_flops
 from mhmoe_vl.plan.devices import Device
@@ -193,17 +194,16 @@ class Tracer:
 
         return self._trace(head, make)
 
-    def visual_codes(self, num_images: int) -> Trace:
-        """The targets of masked patches; no backward pass."""
-        model = self.model
-        with torch.device("meta"):
-            codebook = VisualCodebook(torch.empty(model.num_visual_codes, 3 * model.patch_size**2), model.patch_size)
+    def visual_codes(self, tokenizer: AnyVisualTokenizer, num_images: int) -> Trace:
+        """The targets of masked patches; no backward pass. ``tokenizer`` is on the meta device."""
+        # A copy, as tracing puts fake weights in their place.
+        own = copy.deepcopy(tokenizer)
 
         def make() -> Callable[[], Any]:
-            image = torch.empty(num_images, 3, model.image_size, model.image_size, dtype=torch.uint8)
-            return lambda: ([codebook.encode(image)], None)
+            image = torch.empty(num_images, 3, self.model.image_size, self.model.image_size, dtype=torch.uint8)
+            return lambda: ([own.encode(image)], None)
 
-        return self._trace(codebook, make)
+        return self._trace(own, make)
 
     def _trace(self, module: nn.Module, make: Callable[[], Callable[[], Any]]) -> Trace:
         """Run ``make()()``, which gives differentiable outputs and whatever else the model holds on to, and back."""
@@ -255,7 +255,7 @@ class Tracer:
 
 class _Meter(TorchDispatchMode):
     """Looks at every operation: work, and memory that is alive, in three classes (copies of expert weights, of other
-    weights, and data). Weights themselves, and their gradients once they are accumulated, do not count."""
+    weights, and data). Weights and buffers themselves, and gradients once they are accumulated, do not count."""
 
     def __init__(self, device: Device, module: nn.Module) -> None:
         super().__init__()
@@ -266,6 +266,8 @@ class _Meter(TorchDispatchMode):
         self._seen = WeakIdKeyDictionary()
         self._weights = WeakIdKeyDictionary()
         for owner in module.modules():
+            for buffer in owner.buffers(recurse=False):
+                self._weights[buffer.untyped_storage()] = "weights"
             for parameter in owner.parameters(recurse=False):
                 self._weights[parameter.untyped_storage()] = "experts" if isinstance(owner, Experts) else "weights"
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)

@@ -19,6 +19,7 @@ from mhmoe_vl.data.masking import IGNORE
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.models.cost import blocks_flops_per_token
 from mhmoe_vl.models.visual_codebook import VisualCodebook
+from mhmoe_vl.models.visual_tokenizer import AnyVisualTokenizer
 from mhmoe_vl.tasks.base import Task
 from mhmoe_vl.tasks.captioning import CaptioningConfig
 from mhmoe_vl.tasks.classification import ClassificationConfig
@@ -26,7 +27,7 @@ from mhmoe_vl.tasks.language_modeling import LanguageModelingConfig
 from mhmoe_vl.tasks.pretrain import PretrainConfig, PretrainTask
 from mhmoe_vl.tasks.retrieval import RetrievalConfig, RetrievalTask
 from mhmoe_vl.tasks.vqa import VqaConfig
-from mhmoe_vl.train.build import assemble_task, load_answers, load_classes
+from mhmoe_vl.train.build import assemble_task, load_answers, load_classes, load_tokenizer_of
 from mhmoe_vl.train.config import RunConfig
 
 #: Answers of VQAv2 seen at least nine times in training and validation: what a plan assumes without an answer list.
@@ -142,15 +143,21 @@ def _order_of(config: RunConfig) -> MixturePlan:
 
 
 def build_task_without_files(config: RunConfig, *, device: str = "meta") -> Task:
-    """The task of a run whose codebook need not exist; of lists of answers or classes that do not exist, the lengths of
-    VQAv2 and ImageNet-1k are taken.
+    """The task of a run whose files need not exist: in place of a visual tokenizer k-means patches are taken, of lists
+    of answers or classes such as long as those of VQAv2 and ImageNet-1k.
 
     On another device than ``meta``, weights and codes are random.
+
+    Raises:
+        ConfigError: a visual tokenizer that exists and does not fit the model.
+        DataError: a file that exists and cannot be read.
     """
     model, task = config.model, config.task
+    codebook: AnyVisualTokenizer | None = None
+    if isinstance(task, PretrainConfig) and Path(task.visual_codebook).is_file():
+        codebook = load_tokenizer_of(task, model).to(device)
     with torch.device(device):
-        codebook = None
-        if isinstance(task, PretrainConfig):
+        if isinstance(task, PretrainConfig) and codebook is None:
             codes_KC = torch.rand(model.num_visual_codes, 3 * model.patch_size**2) * 2 - 1
             codebook = VisualCodebook(codes_KC, model.patch_size)
         num_answers = num_classes = 0
@@ -169,7 +176,7 @@ class SampleCost:
     Attributes:
         forward_flops: of encoder and heads.
         trained_flops: of these, what has a backward pass: all, or of a linear probe the head.
-        target_flops: of the visual codebook, which has no backward pass.
+        target_flops: of the visual tokenizer, which has no backward pass.
     """
 
     forward_flops: int
@@ -197,12 +204,24 @@ def sample_cost(task: Task, sample: Sample) -> SampleCost:
     patch_size = 3 * model.patch_size**2
     encoder += sample.num_sequences * 2 * num_patches * patch_size * model.dim
     heads = sum(num_rows * matrix_flops(head) for one in sample.passes for head, num_rows in heads_of(task, one))
-    is_coded = isinstance(task, PretrainTask) and num_patches > 0 and not sample.has_codes
+    targets = 0
+    if isinstance(task, PretrainTask) and num_patches > 0 and not sample.has_codes:
+        targets = tokenizer_flops(task.codebook, num_patches)
     return SampleCost(
         forward_flops=encoder + heads,
         trained_flops=heads if is_frozen(task) else encoder + heads,
-        target_flops=2 * num_patches * patch_size * model.num_visual_codes if is_coded else 0,
+        target_flops=targets,
     )
+
+
+def tokenizer_flops(tokenizer: AnyVisualTokenizer, num_patches: int) -> int:
+    """FLOPs of the codes of an image."""
+    patch_size = 3 * tokenizer.patch_size**2
+    if isinstance(tokenizer, VisualCodebook):
+        return 2 * num_patches * patch_size * tokenizer.num_codes
+    model, num_tokens = tokenizer.encoder.config, num_patches + 1
+    per_patch = 2 * patch_size * model.dim + matrix_flops(tokenizer.code_head) + 2 * tokenizer.codes_KC.numel()
+    return num_tokens * blocks_flops_per_token(model, num_tokens) + num_patches * per_patch
 
 
 def is_frozen(task: Task) -> bool:

@@ -62,15 +62,7 @@ def build_task(config: RunConfig) -> Task:
     model, task = config.model, config.task
     codebook, teacher, num_answers, num_classes = None, None, 0, 0
     if isinstance(task, PretrainConfig):
-        codebook = load_visual_tokenizer(task.visual_codebook)
-        for name, found, wanted in (
-            ("num_visual_codes", codebook.num_codes, model.num_visual_codes),
-            ("patch_size", codebook.patch_size, model.patch_size),
-        ):
-            if found != wanted:
-                raise ConfigError(
-                    f"model.{name}: {wanted}, but {task.visual_codebook} has {found}; set model.{name}={found}"
-                )
+        codebook = load_tokenizer_of(task, model)
     if isinstance(task, VqaConfig):
         num_answers = len(load_answers(task.answers))
     if isinstance(task, ClassificationConfig):
@@ -80,6 +72,25 @@ def build_task(config: RunConfig) -> Task:
             task.teacher, task.teacher_weights, image_size=model.image_size, patch_size=model.patch_size
         )
     return assemble_task(config, codebook=codebook, teacher=teacher, num_answers=num_answers, num_classes=num_classes)
+
+
+def load_tokenizer_of(task: PretrainConfig, model: ModelConfig) -> AnyVisualTokenizer:
+    """The visual tokenizer that gives a pretraining its targets.
+
+    Raises:
+        ConfigError: it does not fit the model.
+        DataError: no such file, or no visual tokenizer.
+    """
+    codebook = load_visual_tokenizer(task.visual_codebook)
+    for name, found, wanted in (
+        ("num_visual_codes", codebook.num_codes, model.num_visual_codes),
+        ("patch_size", codebook.patch_size, model.patch_size),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"model.{name}: {wanted}, but {task.visual_codebook} has {found}; set model.{name}={found}"
+            )
+    return codebook
 
 
 def assemble_task(

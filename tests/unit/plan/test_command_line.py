@@ -69,8 +69,8 @@ def test_a_layout_of_64_ranks_without_any_file(
     assert plan["memory"]["total"] == sum(
         plan["memory"][part]
         for part in (
-            "weights", "gradients", "optimizer", "average", "gathered", "weight_copies", "activations", "temporary",
-            "all_to_all",
+            "weights", "gradients", "optimizer", "average", "tokenizer", "gathered", "weight_copies", "activations",
+            "temporary", "all_to_all",
         )
     )  # fmt: skip
 

@@ -65,7 +65,9 @@ def test_memory_adds_up() -> None:
     # Copies of one block's weights exist once, those of its experts once per source.
     assert memory.weight_copies == 10 + 20 + 3 + 3
     assert (memory.activations, memory.temporary, memory.all_to_all) == (7000, 700, 7)
-    assert memory.total == 1600 + 1760 + 36 + 7000 + 700 + 7
+    # 24 codes of 192 values.
+    assert memory.tokenizer == 4 * 24 * 192
+    assert memory.total == 1600 + memory.tokenizer + 1760 + 36 + 7000 + 700 + 7
     averaged = memory_of(task, shards, Layout(10, "fsdp", 1, 1), parts, all_to_all=7, keeps_average=True)
     assert (averaged.average, averaged.total) == (400, memory.total + 400)
 

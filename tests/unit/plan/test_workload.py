@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import PatchMasking
+from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.moe import count_flops
 from mhmoe_vl.plan.memory import parts_of
+from mhmoe_vl.plan.plan import make_plan
+from mhmoe_vl.plan.report import describe
 from mhmoe_vl.plan.trace import Tracer
 from mhmoe_vl.plan.workload import (
     NUM_IMAGENET_CLASSES,
@@ -24,6 +28,7 @@ from mhmoe_vl.plan.workload import (
     samples_of,
     synthetic_batch,
 )
+from tests.unit.models.builders import make_visual_tokenizer
 from tests.unit.plan.builders import TASKS, make_device, make_run
 
 
@@ -55,6 +60,41 @@ def test_nobody_computes_codes_that_are_stored() -> None:
         tracer = Tracer(config.model, torch.float32, make_device())
         parts = parts_of(task, tracer, {"image": sample}, {"image": 2}, checkpointed=False)
         assert ("codes" in {part.name for part in parts}) == expected
+
+
+@pytest.mark.parametrize("ffn", ["dense", "mhmoe"])
+def test_targets_of_a_network_are_planned_where_it_is(tmp_path: Path, ffn: str) -> None:
+    """A trained tokenizer, on images twice as wide as its own; its products, weights and time are in the plan."""
+    path, tokenizer = tmp_path / "tokenizer.safetensors", make_visual_tokenizer(ffn)
+    path.write_bytes(tokenizer.serialized())
+    model = {"patch_size": 4, "image_size": 2 * tokenizer.encoder.config.image_size, "num_visual_codes": 7}
+    config = make_run(model=model, options={"visual_codebook": str(path)})
+    image = torch.zeros(1, 3, model["image_size"], model["image_size"], dtype=torch.uint8)
+    with sdpa_kernel(SDPBackend.MATH):
+        counted = count_flops(lambda: tokenizer.encode(image))
+    task, sample = build_task_without_files(config), samples_of(config)["image"]
+    assert sample_cost(task, sample).target_flops == counted
+    tracer = Tracer(config.model, torch.float32, make_device())
+    parts = {
+        part.name: part.trace for part in parts_of(task, tracer, {"image": sample}, {"image": 3}, checkpointed=False)
+    }
+    assert parts["codes"].forward.flops == 3 * counted
+    assert (parts["codes"].kept, parts["codes"].backward.flops) == (3 * 8 * config.model.num_patches, 0)
+    plan = make_plan(config, make_device(), world_size=1)
+    assert plan.memory.tokenizer == sum(t.nbytes for t in tokenizer.state_dict().values())
+    text = describe(plan, config)
+    assert f"of each image are its targets: {path}\n" in text
+    path.unlink()
+    plan = make_plan(config, make_device(), world_size=1)
+    assert plan.memory.tokenizer == 7 * 48 * 4
+    assert f"its targets: k-means patches, assumed because {path} does not exist\n" in describe(plan, config)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.safetensors"
+    path.write_bytes(make_visual_tokenizer().serialized())
+    with pytest.raises(ConfigError, match=r"num_visual_codes: 24, but .* has 7; set model\.num_visual_codes=7"):
+        build_task_without_files(make_run(options={"visual_codebook": str(path)}))
 
 
 def test_patches_are_masked_as_in_training() -> None:
