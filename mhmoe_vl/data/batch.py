@@ -34,6 +34,8 @@ class Example:
     text_targets: list[int] | None = None
     answer_scores: Tensor | None = None
     label: int | None = None
+    other_label: int | None = None
+    label_share: Tensor | None = None
     row_length: int | None = None
     num_bytes: int | None = None
     num_characters: int | None = None
@@ -58,6 +60,8 @@ class Batch:
         num_bytes, num_characters: int64 ``[B]`` of packed texts: size in UTF-8 and in Unicode characters.
         answer_scores: float32 ``[B, A]``, soft VQA targets.
         label: int64 ``[B]``; -1 where it is not known.
+        other_label: int64 ``[B]``, of what was mixed into the image.
+        label_share: float32 ``[B]``, the share of ``label``; the rest is ``other_label``'s.
         problems: one line for each broken sample that was replaced by its neighbour.
     """
 
@@ -76,6 +80,8 @@ class Batch:
     num_characters: Tensor | None = None
     answer_scores: Tensor | None = None
     label: Tensor | None = None
+    other_label: Tensor | None = None
+    label_share: Tensor | None = None
     problems: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -147,6 +153,8 @@ def collate(examples: Sequence[Example], template: Example, *, pad_id: int, prob
         num_characters=numbers("num_characters"),
         answer_scores=stacked("answer_scores"),
         label=numbers("label"),
+        other_label=numbers("other_label"),
+        label_share=stacked("label_share"),
         problems=tuple(problems),
     )
 

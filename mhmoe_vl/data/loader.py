@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from mhmoe_vl.data.batch import Batch, Example, collate
+from mhmoe_vl.data.mixing import Mixing
 from mhmoe_vl.data.plan import MixturePlan, SampleRef, stable_hash
 from mhmoe_vl.data.samples import SampleBuilder
 from mhmoe_vl.data.shards import IndexedSample, ShardIndex, ShardReader, find_shards, read_index
@@ -33,10 +34,13 @@ class Source:
         name: of the source in the configuration.
         paths: directories, files, globs or brace patterns.
         builder: makes the examples.
+        mixing: mixes every image with another of the source.
     """
 
-    def __init__(self, name: str, paths: Sequence[str | Path], builder: SampleBuilder) -> None:
-        self.name, self.builder = name, builder
+    def __init__(
+        self, name: str, paths: Sequence[str | Path], builder: SampleBuilder, mixing: Mixing | None = None
+    ) -> None:
+        self.name, self.builder, self.mixing = name, builder, mixing
         self.shards = [read_index(shard) for shard in find_shards([str(path) for path in paths])]
         wanted = " or ".join(f"'{kind}'" for kind in builder.shard_kinds)
         for shard in self.shards:
@@ -122,8 +126,17 @@ class ShardDataset(Dataset[MicroBatch]):
             raise DataError(f"{sample.url}: {sample.key}: {error}") from None
 
     def _example(self, source: Source, ref: SampleRef) -> Example:
+        example = self._single_example(source, ref)
+        if source.mixing is None:
+            return example
+        rng = np.random.default_rng(stable_hash(f"{example.seed}/mixing"))
+        partner = ref._replace(item=int(rng.integers(len(source))))
+        return source.mixing(example, self._single_example(source, partner, of=f"/{example.seed}"), rng)
+
+    def _single_example(self, source: Source, ref: SampleRef, *, of: str = "") -> Example:
+        """The example as it is; ``of`` whom it is the partner, for another view of it."""
         shard, sample, item = source.locate(ref.item)
-        seed = stable_hash(f"{self.seed}/{ref.source}/{ref.epoch}/{sample.key}/{item}")
+        seed = stable_hash(f"{self.seed}/{ref.source}/{ref.epoch}/{sample.key}/{item}{of}")
         members = self.reader.read(shard, sample)
         try:
             return source.builder(members, item, key=sample.key, seed=seed, epoch=ref.epoch)

@@ -25,19 +25,24 @@ class ClassificationConfig(Config):
     Attributes:
         classes: ``classes.json`` as ``data_prep.pack_classes`` writes it.
         label_smoothing: in training; BEiT-3 uses 0.1.
+        mixup: of the images of training, the parameter of Beta by which two are blended, 0 for none; BEiT-3 uses 0.8.
+        cutmix: the same of rectangles that are put into them; BEiT-3 uses 1.0.
         linear_probe: train the head alone, on what the encoder makes of the images as it is.
     """
 
     kind: Literal["classification"] = "classification"
     classes: str
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
     linear_probe: bool = False
 
 
 class ClassificationTask(Task):
     """Cross entropy over the classes.
 
-    Figures: ``classification`` (nats per image) and ``classification_accuracy``.
+    Figures: ``classification`` (nats per image) and ``classification_accuracy``. Of a mixed image, both labels count by
+    their shares in the loss, and the one with more of it is right.
     """
 
     def __init__(self, model: ModelConfig, config: ClassificationConfig, num_classes: int) -> None:
@@ -65,13 +70,12 @@ class ClassificationTask(Task):
         for batch in batches.values():
             logits_BC, of_batch = self.logits(batch)
             routings += of_batch
-            assert batch.label is not None
             smoothing = self.task_config.label_smoothing if self.training else 0.0
-            loss = F.cross_entropy(logits_BC, batch.label, reduction="sum", label_smoothing=smoothing)
+            loss, label_B = _loss(logits_BC, batch, smoothing)
             output.loss = output.loss + loss / max(1.0, totals["classification"])
             count = torch.tensor(len(batch), device=device)
             output.record("classification", loss, count)
-            output.record("classification_accuracy", (logits_BC.argmax(-1) == batch.label).sum(), count)
+            output.record("classification_accuracy", (logits_BC.argmax(-1) == label_B).sum(), count)
         # The experts of a frozen encoder stay as unbalanced as they are.
         if self.task_config.linear_probe:
             return output
@@ -80,3 +84,18 @@ class ClassificationTask(Task):
     def update_selection_bias(self, load_E: Mapping[str, Tensor]) -> None:
         if not self.task_config.linear_probe:
             super().update_selection_bias(load_E)
+
+
+def _loss(logits_BC: Tensor, batch: Batch, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Sum over the images, and their main labels."""
+    assert batch.label is not None
+
+    def entropy_B(label_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BC, label_B, reduction="none", label_smoothing=smoothing)
+
+    if batch.label_share is None:
+        return entropy_B(batch.label).sum(), batch.label
+    assert batch.other_label is not None
+    share_B = batch.label_share
+    loss_B = share_B * entropy_B(batch.label) + (1 - share_B) * entropy_B(batch.other_label)
+    return loss_B.sum(), torch.where(share_B >= 0.5, batch.label, batch.other_label)

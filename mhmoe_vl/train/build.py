@@ -15,6 +15,7 @@ from mhmoe_vl.data.coded_views import CodesOrigin
 from mhmoe_vl.data.files import sha256_of
 from mhmoe_vl.data.image import ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source
+from mhmoe_vl.data.mixing import Mixing
 from mhmoe_vl.data.plan import MixturePlan
 from mhmoe_vl.data.samples import (
     ClassSamples,
@@ -186,6 +187,7 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
         DataError: shards, or a file that the task needs, are missing or malformed.
     """
     tokenizer = None if config.data.text_tokenizer is None else load_tokenizer(config)
+    mixing = _mixing(config) if training else None
     built: dict[str, Source | StreamSource] = {}
     for name, source in sources.items():
         codes = _stored_codes(config, training=training) if source.codes else None
@@ -193,12 +195,19 @@ def build_dataset(config: RunConfig, sources: dict[str, SourceConfig], *, traini
         if source.is_stream:
             built[name] = StreamSource(name, source.paths, samples, buffer_size=source.stream_buffer)
         else:
-            indexed = built[name] = Source(name, source.paths, samples)
+            indexed = built[name] = Source(name, source.paths, samples, mixing)
             if codes is not None:
                 for shard in indexed.shards:
                     codes.check(f"data.{'train' if training else 'validation'}.{name}", shard)
     pad_id = 0 if tokenizer is None else tokenizer.pad_id
     return ShardDataset(built, seed=config.seed if training else 0, pad_id=pad_id)
+
+
+def _mixing(config: RunConfig) -> Mixing | None:
+    task = config.task
+    if not isinstance(task, ClassificationConfig) or not (task.mixup or task.cutmix):
+        return None
+    return Mixing(task.mixup, task.cutmix)
 
 
 def build_plan(config: RunConfig, dataset: ShardDataset) -> MixturePlan:

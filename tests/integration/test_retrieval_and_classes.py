@@ -45,7 +45,8 @@ def retrieval(shards: Path, out: Path, pretrained: Path, **changes: Any) -> dict
 
 def probe(shards: Path, out: Path, pretrained: Path, **changes: Any) -> dict[str, Any]:
     tree = fine_tuning(shards, out, "classification", pretrained) | {"max_steps": 3} | changes
-    tree["task"]["linear_probe"] = True
+    # With partners from all images, whichever process a sample is on.
+    tree["task"] |= {"linear_probe": True, "mixup": 0.8, "cutmix": 1.0}
     return tree
 
 

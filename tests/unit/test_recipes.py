@@ -79,6 +79,9 @@ def test_a_recipe_is_what_is_published(task: str, size: str, path: Path) -> None
     assert augment.random_erasing == (0.25 if is_imagenet else 0)
     assert config.model.image_normalization == ("imagenet" if is_imagenet else "half")
     assert config.data.center_crop == is_imagenet
+    if is_imagenet:
+        assert config.task.kind == "classification"
+        assert (config.task.label_smoothing, config.task.mixup, config.task.cutmix) == (0.1, 0.8, 1.0)
     # Whatever the file does not say itself must not come from somewhere else.
     assert augment.color_jitter == 0
     assert (size == "large") == (config.model.depth == 24)

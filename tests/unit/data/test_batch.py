@@ -72,8 +72,9 @@ def test_fields_that_a_kind_lacks_are_none() -> None:
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest() -> None:
     packed = Example("d", 0, text_ids=[1, 2], text_targets=[2, 3], row_length=4, num_bytes=3, num_characters=3)
+    mixed = Example("m", 0, label=1, other_label=2, label_share=torch.tensor(0.25))
     names = set()
-    for template in (example(0, [1, 5, 2]), packed):
+    for template in (example(0, [1, 5, 2]), packed, mixed):
         batch = collate([template], template, pad_id=PAD, problems=["p"])
         moved = batch.to(torch.device("meta"))
         assert (moved.sample_ids, moved.problems) == ((template.sample_id,), ("p",))

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -44,6 +46,28 @@ def test_label_smoothing_is_for_training() -> None:
     assert torch.equal(
         smoothed.eval()(batch, {"classification": 1.0}).loss, plain.eval()(batch, {"classification": 1.0}).loss
     )
+
+
+def test_a_mixed_image_is_of_both_classes() -> None:
+    """Against timm's dense targets and their loss, smoothing included."""
+    task = make_task("classification", "dense", options={"label_smoothing": 0.1})
+    share_B = torch.tensor([1.0, 0.9, 0.3, 0.5])
+    batch = make_batch("classification", 4)
+    assert batch.label is not None
+    other_B = (batch.label + torch.tensor([1, 1, 2, 0])) % NUM_CLASSES
+    batch = replace(batch, other_label=other_B, label_share=share_B)
+    assert batch.label is not None
+    logits_BC = task.logits(batch)[0]  # type: ignore[operator]
+    # timm mixes a batch with itself turned round: the first row of (a, b) is a's.
+    targets = [
+        mixup_target(torch.stack([batch.label[n], other_B[n]]), NUM_CLASSES, float(share), 0.1)[0]
+        for n, share in enumerate(share_B)
+    ]
+    expected = 4 * SoftTargetCrossEntropy()(logits_BC, torch.stack(targets).to(logits_BC))
+    output = task({"x": batch}, {"classification": 1.0})
+    assert_close(output.loss, expected.to(output.loss))
+    main_B = torch.stack([batch.label[0], batch.label[1], other_B[2], batch.label[3]])
+    assert output.sums["classification_accuracy"] == (logits_BC.argmax(1) == main_B).sum()
 
 
 def test_no_text_is_needed() -> None:
