@@ -67,7 +67,7 @@ def _targets(plan: Plan, config: RunConfig) -> list[str]:
         return []
     path = config.task.visual_codebook
     tokenizer = path if Path(path).is_file() else f"k-means patches, assumed because {path} does not exist"
-    return [f"  of which {largest / 1e9:,.1f} GFLOP of each image are its targets: {tokenizer}"]
+    return [f"  of which {largest / 1e9:,.3g} GFLOP of each image are its targets: {tokenizer}"]
 
 
 def _memory(plan: Plan) -> list[str]:
