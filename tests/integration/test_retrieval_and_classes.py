@@ -59,6 +59,18 @@ def unbroken(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFa
     return {name: folder / name for name in ("retrieval", "probe")}
 
 
+def test_images_are_mixed_in_training_alone(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    tree = probe(shards, tmp_path / "run", pretrained)
+    for mixes in (True, False):
+        config = validate_config(RunConfig, tree)
+        for training in (True, False):
+            dataset = build_dataset(config, config.data.train, training=training)
+            (name,) = dataset.sources
+            batch = dataset.batch(name, [SampleRef(name, 0, item) for item in range(3)])
+            assert (batch.label_share is not None) == (mixes and training)
+        tree["task"] |= {"mixup": 0.0, "cutmix": 0.0}
+
+
 @pytest.mark.parametrize("name", ["retrieval", "probe"])
 def test_one_and_two_steps_are_three_bit_for_bit(
     shards: Path, pretrained: Path, tmp_path: Path, unbroken: dict[str, Path], name: str

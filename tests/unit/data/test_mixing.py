@@ -16,7 +16,7 @@ from mhmoe_vl.data.batch import Batch, Example
 from mhmoe_vl.data.image import AugmentConfig, ImageTransform
 from mhmoe_vl.data.loader import ShardDataset, Source, evaluation_loader, train_loader
 from mhmoe_vl.data.mixing import Mixing, blend, cut
-from mhmoe_vl.data.plan import MixturePlan
+from mhmoe_vl.data.plan import MixturePlan, SampleRef
 from mhmoe_vl.data.samples import ClassSamples
 from tests.unit.data.builders import json_bytes, write_shard
 from tests.unit.data.files import image_bytes
@@ -142,6 +142,16 @@ def test_whoever_shares_the_batch(shards: Path) -> None:
     assert {values[2] for values in whole.values()} == set(range(9))
     others = samples_of(loaded(dataset_of(shards, Mixing(0.8, 1.0), seed=1)))
     assert sorted(values[3] for values in others.values()) != sorted(values[3] for values in whole.values())
+
+
+def test_a_partner_is_seen_in_another_view(tmp_path: Path) -> None:
+    """Of a single image, which is its own partner."""
+    members = {"jpg": image_bytes(1), "json": json_bytes(**{"class": "c1"})}
+    write_shard(tmp_path / "one-00000.tar", "class", {"s": members})
+    mixed, plain = (dataset_of(tmp_path, mixing).batch("x", [SampleRef("x", 0, 0)]) for mixing in (Mixing(1.0), None))
+    assert mixed.image is not None
+    assert plain.image is not None
+    assert not torch.equal(mixed.image, plain.image)
 
 
 def test_who_is_not_mixed_has_one_label(shards: Path) -> None:
