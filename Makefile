@@ -7,7 +7,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # Made anew whenever the requirements change.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py mhmoe_vl/moe/activations.c
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py mhmoe_vl/moe/activations.c mhmoe_vl/moe/choice.c mhmoe_vl/moe/vector.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'

@@ -1,13 +1,25 @@
-"""The one part that is compiled, and may be absent: activations of the CPU engine (mhmoe_vl/moe/activations.py)."""
+"""The one part that is compiled, and may be absent: loops of the CPU engine (mhmoe_vl/moe/compiled.py)."""
 
-import os
+import zlib
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-# No branches, no errno, no traps: what it takes to turn the loops into vector instructions.
-flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"] if os.name == "posix" else ["/O2"]
+SOURCES = [f"mhmoe_vl/moe/{name}" for name in ("activations.c", "choice.c", "vector.h")]
+# As in compiled.py, which compares.
+checksum = zlib.crc32(b"".join((Path(__file__).parent / source).read_bytes() for source in SOURCES)) & 0x7FFFFFFF
+
 setup(
     ext_modules=[
-        Extension("mhmoe_vl.moe._activations", ["mhmoe_vl/moe/activations.c"], extra_compile_args=flags, optional=True)
+        Extension(
+            "mhmoe_vl.moe._compiled",
+            SOURCES[:2],
+            depends=SOURCES[2:],
+            define_macros=[("CHECKSUM", str(checksum))],
+            # What it takes to turn the loops into vector instructions: no branches, no errno, no traps, and sums in any
+            # order where a loop says so (nothing of OpenMP is linked).
+            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp-simd"],
+            optional=True,
+        )
     ]
 )

@@ -1,29 +1,12 @@
 /* GELU and SwiGLU of experts, forward and backward, in one pass over memory each: an optional speed-up on CPUs.
 
-   Plain C without Python or torch, so that it builds in a second wherever there is a compiler; activations.py loads it,
-   and does the same with torch's own operations where it is absent.
+   activations.py loads it, and does the same with torch's own operations where it is absent.
 
    GELU is the exact one, x * cdf(x) with the normal distribution's cdf(x) = 1/2 + x P(x^2) / Q(x^2), which is 0 and 1
    beyond +-5.2. P and Q were fitted to the smallest largest error (4.3e-10, by iteratively reweighted least squares);
    in float32 the cdf is right to 2.2e-7. */
 
-#include <stdint.h>
-#include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* No branches anywhere below: loops over these become vector instructions. */
-INLINE float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE uint32_t to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+#include "vector.h"
 
 INLINE float load_float(const float *p) { return *p; }
 INLINE void store_float(float *p, float value) { *p = value; }
@@ -32,24 +15,6 @@ INLINE void store_bfloat16(uint16_t *p, float value) {
     uint32_t bits = to_bits(value);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
     *p = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-/* exp(x) for x <= 88, as 2^n exp(r) with |r| <= ln(2) / 2; 0 below -87. Right to 2 units in the last place. */
-INLINE float exponential(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float y = x < -87.0f ? -87.0f : x;
-    float shifted = y * 1.44269504f + magic;
-    float n = shifted - magic;
-    float r = y - n * 0.693359375f + n * 2.12194440e-4f; /* ln(2) in two parts */
-    float series = 1.0f / 720;
-    series = series * r + 1.0f / 120;
-    series = series * r + 1.0f / 24;
-    series = series * r + 1.0f / 6;
-    series = series * r + 0.5f;
-    series = series * r + 1.0f;
-    series = series * r + 1.0f;
-    series *= from_bits((to_bits(shifted) << 23) + 0x3f800000);
-    return x < -87.0f ? 0.0f : series;
 }
 
 INLINE float normal_cdf(float x) {
@@ -79,109 +44,122 @@ INLINE float normal_density(float x) { return 0.39894228f * exponential(-0.5f * 
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
 
-/* Rows of an expert: pre-activations [num_rows, width], or [num_rows, 2 width] with gate and up side by side. */
+/* Rows of an expert: pre-activations [num_rows, width], or [num_rows, 2 width] with gate and up side by side. Backward,
+   every row has a weight, and <dhidden, hidden> of every row goes to product. */
 typedef struct {
     const void *pre;
     void *dhidden, *hidden, *dpre;
-    int64_t num_rows, width;
-    int kind;
+    const float *weight;
+    float *product;
+    int64_t width;
 } work_t;
 
-#define DEFINE(T, CPU, TARGET)                                                                                         \
-    TARGET static void gelu_##T##_##CPU(const T##_t *restrict pre, T##_t *restrict hidden, int64_t n) {                \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            float x = load_##T(pre + i);                                                                               \
-            store_##T(hidden + i, x * normal_cdf(x));                                                                  \
-        }                                                                                                              \
+/* One hidden value. Backward: hidden again, the gradient times weight, and what it adds to product. */
+#define DEFINE_VALUE(T)                                                                                                \
+    INLINE void gelu_##T(const T##_t *pre, T##_t *hidden) {                                                            \
+        float x = load_##T(pre);                                                                                       \
+        store_##T(hidden, x * normal_cdf(x));                                                                          \
     }                                                                                                                  \
-    TARGET static void gelu_backward_##T##_##CPU(const T##_t *restrict pre, T##_t *restrict dhidden,                   \
-                                                 T##_t *restrict hidden, int64_t n) {                                  \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            float x = load_##T(pre + i), cdf = normal_cdf(x);                                                          \
-            store_##T(hidden + i, x * cdf);                                                                            \
-            store_##T(dhidden + i, load_##T(dhidden + i) * (cdf + x * normal_density(x)));                             \
-        }                                                                                                              \
+    INLINE float gelu_backward_##T(const T##_t *pre, T##_t *dhidden, T##_t *hidden, float weight) {                    \
+        float x = load_##T(pre), d = load_##T(dhidden), cdf = normal_cdf(x);                                           \
+        store_##T(hidden, x * cdf);                                                                                    \
+        store_##T(dhidden, weight * d * (cdf + x * normal_density(x)));                                                \
+        return d * (x * cdf);                                                                                          \
     }                                                                                                                  \
-    TARGET static void swiglu_##T##_##CPU(const T##_t *restrict pre, T##_t *restrict hidden, int64_t width) {          \
-        for (int64_t i = 0; i < width; i++) {                                                                          \
-            float gate = load_##T(pre + i);                                                                            \
-            store_##T(hidden + i, gate * sigmoid(gate) * load_##T(pre + width + i));                                   \
-        }                                                                                                              \
+    INLINE void swiglu_##T(const T##_t *gate_p, const T##_t *up, T##_t *hidden) {                                      \
+        float gate = load_##T(gate_p);                                                                                 \
+        store_##T(hidden, gate * sigmoid(gate) * load_##T(up));                                                        \
     }                                                                                                                  \
-    TARGET static void swiglu_backward_##T##_##CPU(const T##_t *restrict pre, const T##_t *restrict dhidden,           \
-                                                   T##_t *restrict hidden, T##_t *restrict dpre, int64_t width) {      \
-        for (int64_t i = 0; i < width; i++) {                                                                          \
-            float gate = load_##T(pre + i), up = load_##T(pre + width + i), d = load_##T(dhidden + i);                 \
-            float s = sigmoid(gate), silu = gate * s;                                                                  \
-            store_##T(hidden + i, silu * up);                                                                          \
-            store_##T(dpre + i, d * up * (s + silu * (1.0f - s)));                                                     \
-            store_##T(dpre + width + i, d * silu);                                                                     \
-        }                                                                                                              \
+    INLINE float swiglu_backward_##T(const T##_t *gate_p, const T##_t *up_p, const T##_t *dhidden, T##_t *hidden,      \
+                                     T##_t *dgate, T##_t *dup, float weight) {                                         \
+        float gate = load_##T(gate_p), up = load_##T(up_p), d = load_##T(dhidden);                                     \
+        float s = sigmoid(gate), silu = gate * s;                                                                      \
+        store_##T(hidden, silu * up);                                                                                  \
+        store_##T(dgate, weight * d * up * (s + silu * (1.0f - s)));                                                   \
+        store_##T(dup, weight * d * silu);                                                                             \
+        return d * (silu * up);                                                                                        \
+    }
+
+#define DEFINE_ROWS(T, CPU, TARGET)                                                                                    \
+    TARGET static void gelu_row_##T##_##CPU(const T##_t *restrict pre, T##_t *restrict hidden, int64_t width) {        \
+        for (int64_t i = 0; i < width; i++) gelu_##T(pre + i, hidden + i);                                             \
     }                                                                                                                  \
-    static void rows_##T##_##CPU(const work_t *w, int64_t start, int64_t stop) {                                       \
+    TARGET static float gelu_backward_row_##T##_##CPU(const T##_t *restrict pre, T##_t *restrict dhidden,              \
+                                                      T##_t *restrict hidden, float weight, int64_t width) {           \
+        float product = 0.0f;                                                                                          \
+        SUM(product)                                                                                                   \
+        for (int64_t i = 0; i < width; i++)                                                                            \
+            product += gelu_backward_##T(pre + i, dhidden + i, hidden + i, weight);                                    \
+        return product;                                                                                                \
+    }                                                                                                                  \
+    TARGET static void swiglu_row_##T##_##CPU(const T##_t *restrict gate, const T##_t *restrict up,                    \
+                                              T##_t *restrict hidden, int64_t width) {                                 \
+        for (int64_t i = 0; i < width; i++) swiglu_##T(gate + i, up + i, hidden + i);                                  \
+    }                                                                                                                  \
+    TARGET static float swiglu_backward_row_##T##_##CPU(                                                               \
+        const T##_t *restrict gate, const T##_t *restrict up, const T##_t *restrict dhidden, T##_t *restrict hidden,   \
+        T##_t *restrict dgate, T##_t *restrict dup, float weight, int64_t width) {                                     \
+        float product = 0.0f;                                                                                          \
+        SUM(product)                                                                                                   \
+        for (int64_t i = 0; i < width; i++)                                                                            \
+            product += swiglu_backward_##T(gate + i, up + i, dhidden + i, hidden + i, dgate + i, dup + i, weight);     \
+        return product;                                                                                                \
+    }                                                                                                                  \
+    static void gelu_forward_##T##_##CPU(const void *work, int64_t start, int64_t stop) {                              \
+        const work_t *w = (const work_t *)work;                                                                        \
         int64_t f = w->width, n = (stop - start) * f;                                                                  \
-        const T##_t *pre = (const T##_t *)w->pre;                                                                      \
-        T##_t *hidden = (T##_t *)w->hidden, *dhidden = (T##_t *)w->dhidden, *dpre = (T##_t *)w->dpre;                  \
-        if (w->kind == 0) gelu_##T##_##CPU(pre + start * f, hidden + start * f, n);                                    \
-        if (w->kind == 1) gelu_backward_##T##_##CPU(pre + start * f, dhidden + start * f, hidden + start * f, n);      \
-        for (int64_t r = start; r < stop && w->kind == 2; r++) swiglu_##T##_##CPU(pre + 2 * r * f, hidden + r * f, f); \
-        for (int64_t r = start; r < stop && w->kind == 3; r++)                                                         \
-            swiglu_backward_##T##_##CPU(pre + 2 * r * f, dhidden + r * f, hidden + r * f, dpre + 2 * r * f, f);        \
+        gelu_row_##T##_##CPU((const T##_t *)w->pre + start * f, (T##_t *)w->hidden + start * f, n);                    \
+    }                                                                                                                  \
+    static void gelu_backward_##T##_##CPU(const void *work, int64_t start, int64_t stop) {                             \
+        const work_t *w = (const work_t *)work;                                                                        \
+        for (int64_t r = start, f = w->width; r < stop; r++)                                                           \
+            w->product[r] = gelu_backward_row_##T##_##CPU((const T##_t *)w->pre + r * f, (T##_t *)w->dhidden + r * f,  \
+                                                          (T##_t *)w->hidden + r * f, w->weight[r], f);                \
+    }                                                                                                                  \
+    static void swiglu_forward_##T##_##CPU(const void *work, int64_t start, int64_t stop) {                            \
+        const work_t *w = (const work_t *)work;                                                                        \
+        for (int64_t r = start, f = w->width; r < stop; r++) {                                                         \
+            const T##_t *gate = (const T##_t *)w->pre + 2 * r * f;                                                     \
+            swiglu_row_##T##_##CPU(gate, gate + f, (T##_t *)w->hidden + r * f, f);                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void swiglu_backward_##T##_##CPU(const void *work, int64_t start, int64_t stop) {                           \
+        const work_t *w = (const work_t *)work;                                                                        \
+        for (int64_t r = start, f = w->width; r < stop; r++) {                                                         \
+            const T##_t *gate = (const T##_t *)w->pre + 2 * r * f;                                                     \
+            T##_t *dgate = (T##_t *)w->dpre + 2 * r * f;                                                               \
+            w->product[r] =                                                                                            \
+                swiglu_backward_row_##T##_##CPU(gate, gate + f, (const T##_t *)w->dhidden + r * f,                     \
+                                                (T##_t *)w->hidden + r * f, dgate, dgate + f, w->weight[r], f);        \
+        }                                                                                                              \
     }
 
 typedef float float_t;
 typedef uint16_t bfloat16_t;
 
-DEFINE(float, any, )
-DEFINE(bfloat16, any, )
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
-DEFINE(float, avx2, AVX2)
-DEFINE(bfloat16, avx2, AVX2)
-DEFINE(float, avx512, AVX512)
-DEFINE(bfloat16, avx512, AVX512)
-#endif
+DEFINE_VALUE(float)
+DEFINE_VALUE(bfloat16)
+#define DEFINE_TYPES(CPU, TARGET) DEFINE_ROWS(float, CPU, TARGET) DEFINE_ROWS(bfloat16, CPU, TARGET)
+DEFINE_FOR_CPUS(DEFINE_TYPES)
 
-typedef void (*rows_t)(const work_t *, int64_t, int64_t);
+/* Of the sources that this was made of (setup.py). */
+int mhmoe_checksum(void) { return CHECKSUM; }
 
-static rows_t rows_of_this_cpu(int is_bfloat16) {
-#ifdef X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return is_bfloat16 ? rows_bfloat16_avx512 : rows_float_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return is_bfloat16 ? rows_bfloat16_avx2 : rows_float_avx2;
-#endif
-    return is_bfloat16 ? rows_bfloat16_any : rows_float_any;
+/* An activation over [num_rows, width] hidden values. */
+void mhmoe_activate(int is_glu, int is_bfloat16, const void *pre, void *hidden, int64_t num_rows, int64_t width,
+                           int num_threads, const openmp_t *openmp) {
+    work_t work = {pre, 0, hidden, 0, 0, 0, width};
+    rows_t rows = is_glu ? (is_bfloat16 ? OF_THIS_CPU(swiglu_forward_bfloat16) : OF_THIS_CPU(swiglu_forward_float))
+                         : (is_bfloat16 ? OF_THIS_CPU(gelu_forward_bfloat16) : OF_THIS_CPU(gelu_forward_float));
+    for_rows(rows, &work, num_rows, num_threads, openmp);
 }
 
-/* The threads are those of torch's own OpenMP runtime, handed over by address: a second runtime would compete with it. */
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
-typedef int (*number_t)(void);
-
-typedef struct {
-    const work_t *work;
-    rows_t rows;
-    number_t thread, num_threads;
-} team_t;
-
-static void run_member(void *argument) {
-    const team_t *team = (const team_t *)argument;
-    int64_t number = team->thread(), total = team->num_threads(), rows = team->work->num_rows;
-    team->rows(team->work, rows * number / total, rows * (number + 1) / total);
-}
-
-/* One activation over [num_rows, width] hidden values. kind: 0 GELU, 1 its gradient (in place of dhidden), 2 SwiGLU,
-   3 its gradient. Gradients fill hidden as well. parallel may be null: then this thread does all. */
-void mhmoe_activation(int kind, int is_bfloat16, const void *pre, void *dhidden, void *hidden, void *dpre,
-                      int64_t num_rows, int64_t width, int num_threads, parallel_t parallel, number_t thread,
-                      number_t num_team_threads) {
-    work_t work = {pre, dhidden, hidden, dpre, num_rows, width, kind};
-    team_t team = {&work, rows_of_this_cpu(is_bfloat16), thread, num_team_threads};
-    if (parallel && num_threads > 1)
-        parallel(run_member, &team, (unsigned)num_threads, 0);
-    else
-        team.rows(&work, 0, num_rows);
+/* Its gradient, which for GELU takes the place of dhidden, and for SwiGLU goes to dpre; fills hidden and product. */
+void mhmoe_activate_backward(int is_glu, int is_bfloat16, const void *pre, void *dhidden, void *hidden,
+                                    void *dpre, const float *weight, float *product, int64_t num_rows, int64_t width,
+                                    int num_threads, const openmp_t *openmp) {
+    work_t work = {pre, dhidden, hidden, dpre, weight, product, width};
+    rows_t rows = is_glu ? (is_bfloat16 ? OF_THIS_CPU(swiglu_backward_bfloat16) : OF_THIS_CPU(swiglu_backward_float))
+                         : (is_bfloat16 ? OF_THIS_CPU(gelu_backward_bfloat16) : OF_THIS_CPU(gelu_backward_float));
+    for_rows(rows, &work, num_rows, num_threads, openmp);
 }

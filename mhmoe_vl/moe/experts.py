@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhmoe_vl.moe.activations import STATE
+from mhmoe_vl.moe.compiled import STATE
 from mhmoe_vl.moe.dispatch import Assignment, served_weights
 from mhmoe_vl.moe.local import local_part
 from mhmoe_vl.moe.segments import segment_moe

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mhmoe_vl.moe.choice import is_faster_for, softmax_choice
 from mhmoe_vl.moe.local import local_part
 
 ROUTERS = ("linear", "cosine")
@@ -113,11 +114,7 @@ class _Router(nn.Module):
         self.register_buffer("selection_bias_E", torch.zeros(num_experts))
 
     def select(self, logits_NE: Tensor, balance_logits_NE: Tensor, bias_E: Tensor) -> Routing:
-        probs_NE = logits_NE.softmax(-1) if self.gate == "softmax" else logits_NE.sigmoid()
-        scores_NE = probs_NE + bias_E.to(probs_NE.dtype)
-        # Sigmoid gates saturate: several experts of a row then have a gate of exactly 1.
-        experts_NK = choose_top_k(scores_NE, self.top_k, logits_NE if self.gate == "sigmoid" else None)
-        weights_NK = probs_NE.gather(-1, experts_NK)
+        probs_NE, weights_NK, experts_NK = self._choose(logits_NE, bias_E)
         if self.renormalize:
             # Sigmoid gates can all be tiny: the floor is against 0/0 only.
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -126,6 +123,20 @@ class _Router(nn.Module):
         else:
             balance_probs_NE = balance_logits_NE.softmax(-1)
         return Routing(logits_NE, balance_probs_NE, weights_NK, experts_NK)
+
+    def _choose(self, logits_NE: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gates of all experts, and of those that are chosen, and the choice."""
+        if self.gate == "softmax" and is_faster_for(logits_NE):
+            *rows, num_experts = logits_NE.shape
+            bias_HE = bias_E.reshape(-1, num_experts)
+            chosen = softmax_choice(logits_NE.reshape(-1, num_experts), bias_HE, self.top_k)
+            probs_NE, weights_NK, experts_NK = (part.view(*rows, part.shape[-1]) for part in chosen)
+            return probs_NE, weights_NK, experts_NK
+        probs_NE = logits_NE.softmax(-1) if self.gate == "softmax" else logits_NE.sigmoid()
+        scores_NE = probs_NE + bias_E.to(probs_NE.dtype)
+        # Sigmoid gates saturate: several experts of a row then have a gate of exactly 1.
+        experts_NK = choose_top_k(scores_NE, self.top_k, logits_NE if self.gate == "sigmoid" else None)
+        return probs_NE, probs_NE.gather(-1, experts_NK), experts_NK
 
     @torch.no_grad()
     def update_selection_bias(self, load_E: Tensor, rate: float = 1e-3) -> None:

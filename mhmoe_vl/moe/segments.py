@@ -3,10 +3,11 @@
 What costs time on a CPU beside the matmuls is memory: hidden activations (F wide, the largest tensors of the layer) and
 gradients of weights that are touched for the first time, page by page, and rows that are copied from one large tensor
 to the next. Here an expert's rows are gathered, sent through it and weighted in blocks that stay in cache; only
-pre-activations and the experts' outputs are kept for the backward pass, which makes the activations again instead of
-loading them; weight gradients are written where they belong; and all that is large lives in memory that was used
-before (:mod:`~mhmoe_vl.moe.memory`). Threads take experts of their own, if these are many and even enough
-(:mod:`~mhmoe_vl.moe.threads`); else all threads share every matmul.
+pre-activations are kept for the backward pass, which makes the activations again instead of loading them, and takes the
+gradient of a weight from ``<dy W2^T, activation>`` instead of the expert's output; weight gradients are written where
+they belong; and all that is large lives in memory that was used before (:mod:`~mhmoe_vl.moe.memory`). Threads take
+experts of their own, if these are many and even enough (:mod:`~mhmoe_vl.moe.threads`); else all threads share every
+matmul.
 
 Shape suffixes: N rows, K choices per row, A = N K assignments (number n K + k), E experts, D row width, F hidden width,
 H width of the first product (F, or 2 F for GLU experts), B rows of one block.
@@ -73,8 +74,8 @@ def _forward(
     b2_ED: Tensor | None,
     glu: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs ``[N, D]``; if they are to be kept, pre-activations ``[A, H]`` and outputs of experts ``[A, D]``."""
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[N, D]`` and, if they are to be kept, pre-activations ``[A, H]``."""
     dim, num_choices = x_ND.shape[1], order_A.shape[0]
     width, hidden_width, dtype = w1_EDH.shape[2], w2_EFD.shape[1], x_ND.dtype
     row_A = order_A if weights_NK.shape[1] == 1 else order_A // weights_NK.shape[1]
@@ -97,13 +98,12 @@ def _forward(
     _for_each([block for segment in segments for block in segment.blocks(dtype)], run)
     y_AD[end:] = 0
     y_ND = _gather_back(y_AD, _places(order_A).view_as(weights_NK), weights_NK.to(dtype))
-    return y_ND, pre_AH, y_AD if keep else y_AD.new_empty(0, dim)
+    return y_ND, pre_AH
 
 
 @_forward.register_fake
 def _(x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep):  # type: ignore[no-untyped-def]
-    num_kept = order_A.shape[0] if keep else 0
-    return torch.empty_like(x_ND), x_ND.new_empty(num_kept, w1_EDH.shape[2]), x_ND.new_empty(num_kept, x_ND.shape[1])
+    return torch.empty_like(x_ND), x_ND.new_empty(order_A.shape[0] if keep else 0, w1_EDH.shape[2])
 
 
 @torch.library.custom_op("mhmoe_vl::segment_moe_backward", mutates_args=(), device_types="cpu")
@@ -115,20 +115,20 @@ def _backward(
     weights_NK: Tensor,
     w1_EDH: Tensor,
     w2_EFD: Tensor,
+    b2_ED: Tensor | None,
     pre_AH: Tensor,
-    y_AD: Tensor,
     glu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, combine weights, ``w1``, ``b1``, ``w2``, ``b2``."""
     num_experts, dim, width = w1_EDH.shape
     (num_choices, hidden_width), top_k, dtype = (order_A.shape[0], w2_EFD.shape[1]), weights_NK.shape[1], x_ND.dtype
     row_A = order_A if top_k == 1 else order_A // top_k
-    weight_A1 = weights_NK.reshape(-1, 1).index_select(0, order_A).to(dtype)
+    weight_A = weights_NK.reshape(-1).index_select(0, order_A)
     dx_AD = recycled.empty(num_choices, dim, dtype=dtype)
     dw1_EDH = recycled.empty(*w1_EDH.shape, dtype=dtype)
     dw2_EFD = recycled.empty(*w2_EFD.shape, dtype=dtype)
     db1_EH, db2_ED = w1_EDH.new_empty(num_experts, width), w2_EFD.new_empty(num_experts, dim)
-    dweight_A = torch.zeros_like(weights_NK, memory_format=torch.contiguous_format).view(-1)
+    dweight_A = torch.zeros_like(weight_A)
     w1_T, w2_T = w1_EDH.transpose(1, 2).unbind(0), w2_EFD.transpose(1, 2).unbind(0)
     dw1, db1, dw2, db2 = (gradient.unbind(0) for gradient in (dw1_EDH, db1_EH, dw2_EFD, db2_ED))
 
@@ -137,15 +137,21 @@ def _backward(
             num_block_rows, first = stop - start, start == segment.start
             pre_BH, row_B = pre_AH[start:stop], row_A[start:stop]
             dy_BD = torch.index_select(dy_ND, 0, row_B, out=work("dy", num_block_rows, dim, dtype))
-            x_BD = work("x", num_block_rows, dim, dtype)
-            torch.mul(dy_BD, y_AD[start:stop], out=x_BD)
-            torch.sum(x_BD, -1, dtype=dweight_A.dtype, out=dweight_A[start:stop])
-            dy_BD *= weight_A1[start:stop]
-            torch.index_select(x_ND, 0, row_B, out=x_BD)
+            x_BD = torch.index_select(x_ND, 0, row_B, out=work("x", num_block_rows, dim, dtype))
             hidden_BF = work("hidden", num_block_rows, hidden_width, dtype)
             dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width, dtype))
-            scratch = partial(work, "dpre", num_block_rows, width, dtype)
-            dpre_BH = activate_backward(dhidden_BF, pre_BH, glu=glu, hidden_BF=hidden_BF, scratch=scratch)
+            dpre_BH = activate_backward(
+                dhidden_BF,
+                pre_BH,
+                weight_A[start:stop],
+                glu=glu,
+                hidden_BF=hidden_BF,
+                product_B=dweight_A[start:stop],
+                scratch=partial(work, "dpre", num_block_rows, width, dtype),
+            )
+            if b2_ED is not None:
+                dweight_A[start:stop] += dy_BD @ b2_ED[expert]
+            dy_BD *= weight_A[start:stop, None].to(dtype)
             _accumulate_product(dw2[expert], hidden_BF.T, dy_BD, first=first)
             _accumulate_product(dw1[expert], x_BD.T, dpre_BH, first=first)
             _accumulate_sum(db1[expert], dpre_BH, first=first)
@@ -164,7 +170,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, pre_AH, y_AD, glu):  # type: ignore[no-untyped-def]
+def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, b2_ED, pre_AH, glu):  # type: ignore[no-untyped-def]
     num_experts = w1_EDH.shape[0]
     db1_EH, db2_ED = w1_EDH.new_empty(num_experts, w1_EDH.shape[2]), w2_EFD.new_empty(num_experts, w2_EFD.shape[2])
     dw1_EDH, dw2_EFD = torch.empty_like(w1_EDH), torch.empty_like(w2_EFD)
@@ -175,7 +181,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, ctx.glu, _ = inputs
     ctx.has_bias = (b1_EH is not None, b2_ED is not None)
     ctx.set_materialize_grads(False)  # what is kept gets no gradient, and zeros in its place would be large
-    ctx.save_for_backward(x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, *output[1:])
+    ctx.save_for_backward(x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, b2_ED, output[1])
 
 
 def _differentiate(ctx, dy_ND, *_):  # type: ignore[no-untyped-def]

@@ -236,6 +236,18 @@ def test_segments_keep_nothing_without_gradients() -> None:
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("glu", [False, True])
+def test_segments_keep_pre_activations_alone(glu: bool) -> None:
+    """Beside what comes in: neither rows in expert order nor activations nor outputs of experts, 22 rows each."""
+    layer = build(glu=glu, top_k=2, dtype=torch.float32, backend="segments")
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(random(11, 8, dtype=torch.float32))
+    assert [tuple(t.shape) for t in kept.values() if t.shape[0] == 22 and t.is_floating_point()] == [
+        (22, 24 if glu else 12)
+    ]
+
+
 def test_segments_train_from_several_threads() -> None:
     """The backward pass of another thread must not write into this one's scratch memory."""
     experts = [Experts(3, 8, 12, backend="segments") for _ in range(4)]
@@ -251,9 +263,9 @@ def test_segments_train_from_several_threads() -> None:
             assert torch.equal(ours[name], value), name
 
 
-@pytest.mark.parametrize("case", ["moe_glu_k2", "mhmoe_k2", "mhmoe_capacity", "mhmoe_cosine_residual"])
+@pytest.mark.parametrize("case", ["moe_glu_k2", "mhmoe_k2", "mhmoe_capacity", "mhmoe_cosine_residual", "many_experts"])
 def test_compiles_as_one_graph(case: str) -> None:
-    num_heads, options = CASES[case]
+    num_heads, options = (CASES | {"many_experts": (2, {"num_experts": 20, "top_k": 2})})[case]
     layer = build(num_heads, **{"dim": 32, "ffn_dim": 24, "dtype": torch.float32} | options)
     x = random(2, 9, 32, seed=1, dtype=torch.float32)
     valid = torch.arange(18).view(2, 9) % 3 != 1

@@ -1,0 +1,87 @@
+"""The compiled loops of the CPU engine, on the threads of torch: an extra that may be absent.
+
+``pip install`` builds ``activations.c`` and ``choice.c`` where there is a C compiler. Without them torch's own
+operations do the same, in several passes over memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mhmoe_vl.moe import threads
+
+#: Fewer values than this are not worth waking other threads for (at::internal::GRAIN_SIZE of torch).
+_GRAIN = 32768
+
+SOURCES = ("activations.c", "choice.c", "vector.h")
+
+_POINTER, _NUMBER, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "mhmoe_activate": [_FLAG, _FLAG, _POINTER, _POINTER, _NUMBER, _NUMBER],
+    "mhmoe_activate_backward": [_FLAG, _FLAG, *[_POINTER] * 6, _NUMBER, _NUMBER],
+    "mhmoe_choose": [*[_POINTER] * 5, *[_NUMBER] * 4],
+    "mhmoe_choose_backward": [_POINTER, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 3],
+}
+
+
+class CompiledLoops:
+    """The functions of the C files.
+
+    Raises:
+        OSError: they were not built, or from other sources than are here, or do not load, or torch's threads are out of
+            reach.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(str(_library()))
+        here = Path(__file__).parent
+        # Installed in place, the sources may change after they were compiled; a wheel has none.
+        sources = [path.read_bytes() for name in SOURCES if (path := here / name).is_file()]
+        if sources and library.mhmoe_checksum() != checksum(sources):
+            raise OSError("built from other sources: run pip install again")
+        if threads.OPENMP is None:
+            raise OSError(threads.STATE)
+        self._openmp = (_POINTER * 3)(*threads.OPENMP.functions)
+        self._functions = {}
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.restype = None
+            function.argtypes = [*arguments, ctypes.c_int, _POINTER]
+            self._functions[name] = function
+
+    def __call__(self, name: str, arguments: Sequence[Tensor | int | None], *, num_values: int) -> None:
+        """Call one of them; tensors are passed by address, so that they must be contiguous, and on a CPU."""
+        num_threads = torch.get_num_threads() if num_values >= _GRAIN else 1
+        plain = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        self._functions[name](*plain, num_threads, self._openmp)
+
+
+def checksum(sources: Sequence[bytes]) -> int:
+    """What setup.py gives the compiler, so that a library knows what it was made of."""
+    return zlib.crc32(b"".join(sources)) & 0x7FFFFFFF
+
+
+def _library() -> Path:
+    here = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        if (path := here / f"_compiled{suffix}").is_file():
+            return path
+    raise OSError("not built: pip install found no C compiler")
+
+
+def _load() -> tuple[CompiledLoops | None, str]:
+    try:
+        return CompiledLoops(), "loops compiled"
+    except OSError as error:
+        return None, f"loops not compiled ({error})"
+
+
+#: None where they cannot be used; the reason is in :data:`STATE`.
+LOOPS, STATE = _load()
