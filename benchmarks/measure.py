@@ -72,6 +72,31 @@ def saved_bytes(forward: Callable[[], object], module: nn.Module) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory in use at once during ``run()``, beyond what was in use before; None where nobody counts it.
+
+    On a CPU that is resident memory of this process, which keeps for later what was used before: the answer is too
+    small in a process that has done much else.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    clear_refs = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not clear_refs.exists():
+        return None
+    clear_refs.write_text("5")  # the peak is now what is resident
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].removesuffix("kB")) * 1024
+
+
 def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest ratio within a repeat, and the median time."""
     ratios = [own / other for own, other in zip(seconds, reference, strict=True)]

@@ -3,7 +3,8 @@
 The expert layer against its floor: two matmuls of the same FLOPs, ``dim x 4 dim`` and ``4 dim x dim``, into memory that
 is there already. Every backend of ours and every peer does the same work, head and merge layers included, in the same
 run, taking turns; figures are medians of paired ratios to the floor. Beside the time stands what autograd keeps for the
-backward pass. Writes a table, a JSON file and a picture.
+backward pass and, with ``--peak``, the most memory that both passes use at once beyond input, weights and their
+gradients. Writes a table, a JSON file and a picture.
 
 A cell is ``dim,num_experts,top_k,ffn_dim``. ``--skew 3`` gives one expert of our layers three times the mean load. A
 subject that cannot run is left out, with the reason.
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import clock_named, paired_ratios, saved_bytes, take_turns, write_result
+from benchmarks.measure import clock_named, paired_ratios, peak_bytes, saved_bytes, take_turns, write_result
 from benchmarks.peers import gshard, hugging_face, leave_group, megablocks, scatter_moe, soft_moe, torchscale_xmoe
 from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, routing_stats
+from mhmoe_vl.moe.experts import BACKENDS
 
 Pass = Callable[[], object]
 
@@ -67,10 +71,7 @@ def _smoe(work: Work) -> nn.Module:
 
 #: ``MultiHeadMoE`` with each backend, the layers that it is compared with, then the peers.
 SUBJECTS: dict[str, Callable[[Work], nn.Module]] = {
-    **{
-        f"mhmoe {backend}": lambda work, backend=backend: _ours(work, backend)
-        for backend in ("auto", "loop", "segments", "grouped_mm", "fused")
-    },
+    **{f"mhmoe {backend}": lambda work, backend=backend: _ours(work, backend) for backend in BACKENDS},
     "smoe auto": _smoe,
     "dense": lambda work: FeedForward(work.cell.dim, 4 * work.cell.dim),
     "transformers eager": lambda work: hugging_face(*work.sizes),
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: for busy machines")
+    parser.add_argument(
+        "--peak", action="store_true", help="most memory in use, on a CPU in a process for each subject"
+    )
     parser.add_argument("--out", type=Path, help="JSON result file (default: benchmarks/results/moe_DATE.json)")
     args = parser.parse_args(argv)
     cells = [(cell, getattr(torch, dtype)) for dtype in args.dtypes for cell in args.cells]
@@ -131,6 +135,8 @@ def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[d
             passes = _passes(layer, x_TD)
             facts[name]["kept_mb"] = saved_bytes(lambda layer=layer: layer(x_TD), layer) / 1e6
             passes[1]()
+            if args.peak and (peak := _peak_in_a_process(name, work, dtype, device)) is not None:
+                facts[name]["peak_mb"] = peak / 1e6
         except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             results.append({**shared, "subject": name, "skipped": " ".join(str(error).split())[:160]})
         else:
@@ -145,6 +151,29 @@ def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[d
         ]
     _show(cell, results, args)
     return results
+
+
+def _peak_in_a_process(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> int | None:
+    if device.type != "cpu":
+        return _peak(name, work, dtype, device)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, name, work, dtype, device).result()
+
+
+def _peak(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> int | None:
+    """Of both passes of a new layer, without the gradients of its weights."""
+    layer = peak = None
+    try:
+        # A small one first: what libraries set up when they are first used is not the layer's.
+        for size in (Work(Cell(64, 4, 1, 64), 4, 16), work):
+            layer = SUBJECTS[name](size).to(device, dtype)
+            both = _passes(layer, torch.randn(size.num_tokens, size.cell.dim, device=device, dtype=dtype))[1]
+            peak = peak_bytes(both, device)
+    finally:
+        leave_group()
+    if layer is None or peak is None:
+        return None
+    return peak - sum(p.nbytes for p in layer.parameters() if p.grad is not None)
 
 
 def _skew(layer: nn.Module, x_TD: Tensor, skew: float | None) -> dict[str, float]:
@@ -211,16 +240,18 @@ def _passes(layer: nn.Module, x_TD: Tensor) -> tuple[Pass, Pass]:
 def _show(cell: Cell, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     title = f"{cell}, {results[-1]['dtype']}, {args.num_tokens} tokens, {args.num_heads} heads, {args.device}"
     table = Table(title=title, title_justify="left")
-    for column in ("subject", "pass", "ms", "ratio to the floor (min to max)", "kept MB", "largest load"):
+    for column in ("subject", "pass", "ms", "ratio to the floor (min to max)", "kept MB", "peak MB", "largest load"):
         table.add_column(column, justify="left" if column in ("subject", "pass") else "right")
     for row in results:
         if "skipped" in row:
             table.add_row(row["subject"], "left out", "", row["skipped"])
         else:
             ratio = f"{row['median_ratio']:.2f} ({row['min_ratio']:.2f} to {row['max_ratio']:.2f})"
-            kept = f"{row['kept_mb']:.0f}" if "kept_mb" in row and row["pass"] != "forward" else ""
+            memory = [
+                f"{row[key]:.0f}" if key in row and row["pass"] != "forward" else "" for key in ("kept_mb", "peak_mb")
+            ]
             load = f"{row['max_load']:.2f}" if "max_load" in row else ""
-            table.add_row(row["subject"], row["pass"], f"{row['median_ms']:.1f}", ratio, kept, load)
+            table.add_row(row["subject"], row["pass"], f"{row['median_ms']:.1f}", ratio, *memory, load)
     # Where the width of the terminal is unknown, rich takes 80 columns: too few.
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 

@@ -54,7 +54,7 @@ class MoEConfig(Config):
     inner_residual: bool = False
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     sub_ln: bool = False
-    backend: Literal["auto", "loop", "segments", "grouped_mm", "fused"] = "auto"
+    backend: Literal["auto", "loop", "segments", "segments_recompute", "grouped_mm", "fused"] = "auto"
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     z_weight: Annotated[float, Field(ge=0)] = 0.0
     selection_bias_rate: Annotated[float, Field(ge=0)] = 0.0

@@ -17,9 +17,9 @@ from mhmoe_vl.moe.dispatch import Assignment, served_weights
 from mhmoe_vl.moe.local import local_part
 from mhmoe_vl.moe.segments import segment_moe
 
-BACKENDS = ("auto", "loop", "segments", "grouped_mm", "fused")
+BACKENDS = ("auto", "loop", "segments", "segments_recompute", "grouped_mm", "fused")
 #: Backends that gather, weight and scatter rows themselves.
-WHOLE_LAYER_BACKENDS = ("segments", "fused")
+WHOLE_LAYER_BACKENDS = ("segments", "segments_recompute", "fused")
 
 
 class BackendChoice(NamedTuple):
@@ -37,9 +37,10 @@ class Experts(nn.Module):
     Args:
         glu: gated experts with three matrices instead of two.
         sub_ln: normalise the hidden activation before ``W2``, as :class:`~mhmoe_vl.moe.FeedForward` does (Magneto,
-            arXiv 2210.06423). ``segments`` and ``fused`` cannot.
+            arXiv 2210.06423). Backends that do the whole layer cannot.
         backend: ``loop`` (one matmul per expert, plain autograd; the oracle), ``segments`` (the CPU engine of
-            :mod:`~mhmoe_vl.moe.segments`), ``grouped_mm`` (torch's grouped matmul), ``fused`` (the Triton kernels of
+            :mod:`~mhmoe_vl.moe.segments`), ``segments_recompute`` (the same, hidden activations made again instead of
+            kept), ``grouped_mm`` (torch's grouped matmul), ``fused`` (the Triton kernels of
             :mod:`~mhmoe_vl.moe.fused`), or ``auto``, which :meth:`explain` explains.
     """
 
@@ -114,8 +115,9 @@ class Experts(nn.Module):
 
     def _mix(self, backend: str, x_ND: Tensor, order_A: Tensor, counts_E: Tensor, weights_NK: Tensor) -> Tensor:
         weights = self._weights(x_ND.dtype)
-        if backend == "segments":
-            return segment_moe(x_ND, order_A, counts_E, weights_NK, *weights, glu=self.glu)
+        if backend != "fused":
+            recompute = backend == "segments_recompute"
+            return segment_moe(x_ND, order_A, counts_E, weights_NK, *weights, glu=self.glu, recompute=recompute)
         try:
             from mhmoe_vl.moe.fused import fused_moe
         except ImportError as error:

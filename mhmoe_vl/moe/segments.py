@@ -46,6 +46,7 @@ def segment_moe(
     b2_ED: Tensor | None,
     *,
     glu: bool,
+    recompute: bool = False,
 ) -> Tensor:
     """``y_n = sum_k weight_nk * expert_nk(x_n)``, ``[N, D]``; choices that no segment serves add nothing.
 
@@ -56,9 +57,11 @@ def segment_moe(
         counts_E: int64, assignments of each expert; may sum to less than A.
         weights_NK: at least float32.
         glu: the first product holds gate and up projections side by side, joined by SiLU.
+        recompute: keep nothing for the backward pass, which makes the pre-activations again: a seventh matmul for six.
     """
     tensors = (x_ND, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = is_trained and not recompute
     return _forward(x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, glu, keep)[0]
 
 
@@ -114,12 +117,13 @@ def _backward(
     counts_E: Tensor,
     weights_NK: Tensor,
     w1_EDH: Tensor,
+    b1_EH: Tensor | None,
     w2_EFD: Tensor,
     b2_ED: Tensor | None,
     pre_AH: Tensor,
     glu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, combine weights, ``w1``, ``b1``, ``w2``, ``b2``."""
+    """Gradients of rows, combine weights, ``w1``, ``b1``, ``w2``, ``b2``. Without rows, ``pre_AH`` was not kept."""
     num_experts, dim, width = w1_EDH.shape
     (num_choices, hidden_width), top_k, dtype = (order_A.shape[0], w2_EFD.shape[1]), weights_NK.shape[1], x_ND.dtype
     row_A = order_A if top_k == 1 else order_A // top_k
@@ -131,13 +135,19 @@ def _backward(
     dweight_A = torch.zeros_like(weight_A)
     w1_T, w2_T = w1_EDH.transpose(1, 2).unbind(0), w2_EFD.transpose(1, 2).unbind(0)
     dw1, db1, dw2, db2 = (gradient.unbind(0) for gradient in (dw1_EDH, db1_EH, dw2_EFD, db2_ED))
+    is_kept = pre_AH.shape[0] == num_choices
 
     def run(segment: Segment, work: Workspace) -> None:
         for expert, start, stop in segment.blocks(dtype):
             num_block_rows, first = stop - start, start == segment.start
-            pre_BH, row_B = pre_AH[start:stop], row_A[start:stop]
+            row_B = row_A[start:stop]
             dy_BD = torch.index_select(dy_ND, 0, row_B, out=work("dy", num_block_rows, dim, dtype))
             x_BD = torch.index_select(x_ND, 0, row_B, out=work("x", num_block_rows, dim, dtype))
+            if is_kept:
+                pre_BH = pre_AH[start:stop]
+            else:
+                pre_BH = work("pre", num_block_rows, width, dtype)
+                _affine(x_BD, w1_EDH[expert], None if b1_EH is None else b1_EH[expert], out=pre_BH)
             hidden_BF = work("hidden", num_block_rows, hidden_width, dtype)
             dhidden_BF = torch.mm(dy_BD, w2_T[expert], out=work("dhidden", num_block_rows, hidden_width, dtype))
             dpre_BH = activate_backward(
@@ -170,7 +180,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, b2_ED, pre_AH, glu):  # type: ignore[no-untyped-def]
+def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, pre_AH, glu):  # type: ignore[no-untyped-def]
     num_experts = w1_EDH.shape[0]
     db1_EH, db2_ED = w1_EDH.new_empty(num_experts, w1_EDH.shape[2]), w2_EFD.new_empty(num_experts, w2_EFD.shape[2])
     dw1_EDH, dw2_EFD = torch.empty_like(w1_EDH), torch.empty_like(w2_EFD)
@@ -179,17 +189,16 @@ def _(dy_ND, x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, b2_ED, pre_AH,
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, ctx.glu, _ = inputs
-    ctx.has_bias = (b1_EH is not None, b2_ED is not None)
     ctx.set_materialize_grads(False)  # what is kept gets no gradient, and zeros in its place would be large
-    ctx.save_for_backward(x_ND, order_A, counts_E, weights_NK, w1_EDH, w2_EFD, b2_ED, output[1])
+    ctx.save_for_backward(x_ND, order_A, counts_E, weights_NK, w1_EDH, b1_EH, w2_EFD, b2_ED, output[1])
 
 
 def _differentiate(ctx, dy_ND, *_):  # type: ignore[no-untyped-def]
     if dy_ND is None:
         return (None,) * 10
-    dx_ND, dweights_NK, dw1, db1, dw2, db2 = _backward(dy_ND.contiguous(), *ctx.saved_tensors, ctx.glu)
-    has_b1, has_b2 = ctx.has_bias
-    db1, db2 = db1 if has_b1 else None, db2 if has_b2 else None
+    *_, b1_EH, _, b2_ED, _ = saved = ctx.saved_tensors
+    dx_ND, dweights_NK, dw1, db1, dw2, db2 = _backward(dy_ND.contiguous(), *saved, ctx.glu)
+    db1, db2 = db1 if b1_EH is not None else None, db2 if b2_ED is not None else None
     return dx_ND, None, None, dweights_NK, dw1, db1, dw2, db2, None, None
 
 
@@ -203,9 +212,10 @@ def _(x, order, counts, weights, w1, b1, w2, *_, out_shape=None, **kwargs) -> in
 
 
 @register_flop_formula(torch.ops.mhmoe_vl.segment_moe_backward)
-def _(dy, x, order, counts, weights, w1, w2, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """Each product has two gradients."""
-    return 4 * order[0] * (w1[1] * w1[2] + w2[1] * w2[2])
+def _(dy, x, order, counts, weights, w1, b1, w2, b2, pre, *_, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Each product has two gradients; the first is made again if its results were not kept."""
+    num_again = 2 * order[0] * w1[1] * w1[2] if pre[0] < order[0] else 0
+    return 4 * order[0] * (w1[1] * w1[2] + w2[1] * w2[2]) + num_again
 
 
 def _places(order_A: Tensor) -> Tensor:

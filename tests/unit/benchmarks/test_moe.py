@@ -39,6 +39,18 @@ def test_every_subject_is_timed_or_left_out_with_a_reason(
     assert "ratio to the floor" in capsys.readouterr().out
 
 
+def test_the_peak_is_that_of_the_layer(tmp_path: Path) -> None:
+    """8,192 rows of 512 hidden values are 17 MB. The loop holds at least two such tensors at once."""
+    out = tmp_path / "x.json"
+    command = ["--cells", "64,4,1,512", "--num-tokens", "2048", "--repeats", "1", "--device", "cpu", "--peak"]
+    assert moe.main([*command, "--subjects", "mhmoe segments", "mhmoe loop", "--out", str(out)]) == 0
+    peak = {row["subject"]: row.get("peak_mb", 0) for row in json.loads(out.read_text())["results"]}
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux counts the memory of a process")
+    assert 17 < peak["mhmoe segments"] < peak["mhmoe loop"]
+    assert 35 < peak["mhmoe loop"] < 200
+
+
 @pytest.mark.parametrize("skew", [1.0, 3.0])
 def test_skew_gives_one_expert_a_multiple_of_the_mean_load(skew: float) -> None:
     torch.manual_seed(0)
