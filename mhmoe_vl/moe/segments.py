@@ -32,7 +32,7 @@ from mhmoe_vl.moe.memory import Workspace, recycled
 #: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden
 #: activations stay in cache. In 16 bits matmuls are so fast that they need more rows, and sums over blocks would be
 #: rounded each time.
-BLOCK_ROWS = {8: 512, 4: 1024, 2: 8192}
+BLOCK_ROWS = {8: 512, 4: 512, 2: 8192}
 
 
 def segment_moe(
