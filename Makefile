@@ -22,7 +22,7 @@ quickstart: install ## sample data, pretraining, fine-tuning, evaluation, report
 study-smoke: install ## a whole comparison of kinds in about a minute; its numbers mean nothing
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash study_smoke.sh
 
-study: install ## the main comparison, on public data: make study PUBLIC=folder (docs/study.md); more than an hour
+study: install ## the main comparison, on public data: make study PUBLIC=folder (docs/study.md); about two hours
 	PATH="$(CURDIR)/$(BIN):$$PATH" PUBLIC="$(PUBLIC)" bash study_data.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m mhmoe_vl.study --config configs/study/main.yaml --workers 2 --document docs/RESULTS.md
 

@@ -143,23 +143,33 @@ def measure_device(device: torch.device, dtypes: Collection[torch.dtype], clock:
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter) -> float:
     """FLOP/s of a matrix product that is large enough to be at full speed."""
-    size = 8192 if device.type == "cuda" else 1024
-    return _matmul(device, dtype, size, clock)
+    size = _large(device)
+    return 2 * size**3 / _seconds(_products(device, dtype, size), device, clock)
 
 
-def _half_speed_width(device: torch.device, clock: Clock, width: int = 64) -> float:
-    """From a float32 product with one narrow side, the width of sub-tokens, against one without."""
-    size = 8192 if device.type == "cuda" else 1024
-    whole, narrow = (_matmul(device, torch.float32, side, clock) for side in (size, width))
-    return max(0.0, width * (whole / narrow - 1))
+def _half_speed_width(device: torch.device, clock: Clock, width: int = 64, repeats: int = 15) -> float:
+    """From float32 products with one narrow side, the width of sub-tokens, and one of the same FLOPs without, taking
+    turns."""
+    whole, narrow = (_products(device, torch.float32, side) for side in (_large(device), width))
+    ratios = [_seconds(narrow, device, clock, 1) / _seconds(whole, device, clock, 1) for _ in range(repeats)]
+    return max(0.0, width * (statistics.median(ratios) - 1))
 
 
-def _matmul(device: torch.device, dtype: torch.dtype, width: int, clock: Clock) -> float:
-    """FLOP/s of ``[size, width] x [width, size]``."""
-    size = 8192 if device.type == "cuda" else 1024
+def _large(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 1024
+
+
+def _products(device: torch.device, dtype: torch.dtype, width: int) -> Callable[[], object]:
+    """``[size, width] x [width, size]``, as often as makes ``size**3`` multiplications."""
+    size = _large(device)
     a_SW = torch.randn(size, width, device=device).to(dtype)
     b_WS, out_SS = a_SW.T.contiguous(), torch.empty(size, size, device=device, dtype=dtype)
-    return 2 * size * size * width / _seconds(lambda: torch.mm(a_SW, b_WS, out=out_SS), device, clock)
+
+    def run() -> None:
+        for _ in range(size // width):
+            torch.mm(a_SW, b_WS, out=out_SS)
+
+    return run
 
 
 def _attention(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:

@@ -303,7 +303,10 @@ class _Meter(TorchDispatchMode):
         ceilings = device.attention_flops if is_attention else device.matmul_flops
         arithmetic = flops / ceilings.get(str(floating).removeprefix("torch."), ceilings["float32"])
         if flops and not is_attention:
-            arithmetic *= 1 + device.half_speed_width / _narrowest(inputs)
+            # The CPU engine and the kernels take weights and biases of the experts too, which are no side of a product.
+            is_whole_layer = str(packet).startswith("mhmoe_vl.")
+            sides = [tensor for tensor in inputs if tensor.ndim == 3] if is_whole_layer else inputs
+            arithmetic *= 1 + device.half_speed_width / _narrowest(sides)
         traffic = sum(map(_num_bytes, inputs)) + sum(map(_num_bytes, outputs))
         bandwidth = device.function_bandwidth if packet in _FUNCTIONS else device.memory_bandwidth
         seconds = traffic / bandwidth

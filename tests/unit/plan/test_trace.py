@@ -49,7 +49,7 @@ CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("language_modeling", {"ffn": "mhmoe", "positions": "rotary", "drop_path": 0.1}, torch.float32),
     *(
         ("pretrain", {"ffn": "mhmoe", "moe": {"num_experts": 4, "match": "none", "backend": backend}}, torch.float32)
-        for backend in ("loop", "grouped_mm")
+        for backend in ("loop", "grouped_mm", "segments_recompute")
     ),
 ]
 
@@ -120,6 +120,19 @@ def test_narrow_products_take_longer() -> None:
     head = build_task_without_files(config).mim_head
     trace = Tracer(config.model, torch.float32, device).head(head, 10)  # type: ignore[arg-type]
     assert trace.forward.seconds == pytest.approx(3 * 2 * 10 * 32 * 24, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_one_weight_for_each_row_is_no_narrow_product(kind: str) -> None:
+    """Sub-tokens are 16 wide, and there are 16 experts: no product has a narrower side, forward or backward."""
+    model = make_run(
+        model={"dim": 64, "ffn_dim": 256, "ffn": "mhmoe", "moe": {"num_experts": 16, "match": "none", "num_heads": 4}}
+    ).model
+    sample = samples_of(make_run())["image"]
+    devices = (make_device(kind, matmul_flops={"float32": 1.0}, half_speed_width=width) for width in (16.0, 0.0))
+    slow, fast = (Tracer(model, torch.float32, device).block(1, sample, 4, checkpointed=False) for device in devices)
+    for part in ("forward", "backward"):
+        assert 1 < getattr(slow, part).seconds / getattr(fast, part).seconds <= 2
 
 
 def test_functions_have_a_bandwidth_of_their_own() -> None:
