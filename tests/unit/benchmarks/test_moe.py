@@ -43,11 +43,10 @@ def test_the_peak_is_that_of_the_layer(tmp_path: Path) -> None:
     """8,192 rows of 512 hidden values are 17 MB. The loop holds at least two such tensors at once."""
     out = tmp_path / "x.json"
     command = ["--cells", "64,4,1,512", "--num-tokens", "2048", "--repeats", "1", "--device", "cpu", "--peak"]
-    assert moe.main([*command, "--subjects", "mhmoe segments", "mhmoe loop", "--out", str(out)]) == 0
-    peak = {row["subject"]: row.get("peak_mb", 0) for row in json.loads(out.read_text())["results"]}
+    assert moe.main([*command, "--subjects", "mhmoe loop", "--out", str(out)]) == 0
+    peak = {row["subject"]: row.get("peak_mb") for row in json.loads(out.read_text())["results"]}
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux counts the memory of a process")
-    assert 17 < peak["mhmoe segments"] < peak["mhmoe loop"]
     assert 35 < peak["mhmoe loop"] < 200
 
 

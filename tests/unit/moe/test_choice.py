@@ -26,7 +26,7 @@ def expected(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
 
 @pytest.mark.parametrize("num_pools", [1, 3])
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 9, 16, 41, 169])
-@pytest.mark.parametrize("num_rows", [0, 1, 65, 5000])
+@pytest.mark.parametrize("num_rows", [0, 1, 900])
 def test_forward_and_backward(num_rows: int, num_experts: int, num_pools: int) -> None:
     """Scores of few and of many experts, on one and on several threads; all gradients, one of them, expanded ones."""
     logits = (4 * random(num_rows, num_experts, seed=1)).float().double()
