@@ -50,6 +50,14 @@ def test_the_peak_is_that_of_the_layer(tmp_path: Path) -> None:
     assert 35 < peak["mhmoe loop"] < 200
 
 
+def test_gradients_of_weights_are_no_part_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four experts of 16 x 24 and back with biases, a router, head and merge layers, 4 bytes each."""
+    monkeypatch.setattr(moe, "peak_bytes", lambda run, device: run() or 1_000_000)
+    num_params = 4 * (2 * 16 * 24 + 24 + 16) + 16 * 4 + 2 * (64 * 64 + 64)
+    work = moe.Work(moe.Cell(64, 4, 1, 24), 4, 16)
+    assert moe._peak("mhmoe loop", work, torch.float32, torch.device("cpu")) == 1_000_000 - 4 * num_params
+
+
 @pytest.mark.parametrize("skew", [1.0, 3.0])
 def test_skew_gives_one_expert_a_multiple_of_the_mean_load(skew: float) -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mhmoe_vl.moe import Experts, MoE, MultiHeadMoE, balance_loss
+from mhmoe_vl.moe import Experts, MoE, MultiHeadMoE, balance_loss, count_flops
 from tests.unit.moe.builders import Layer, build, gradients, random, relative_error, router_of
 
 CASES: dict[str, tuple[int | None, dict[str, Any]]] = {
@@ -247,6 +247,16 @@ def test_segments_keep_pre_activations_at_most(backend: str, glu: bool) -> None:
         layer(random(11, 8, dtype=torch.float32))
     widths = [t.shape[1] for t in kept.values() if t.is_floating_point() and t.shape[0] == 22]
     assert widths == ([24 if glu else 12] if backend == "segments" else [])
+
+
+def test_the_product_that_is_made_again_is_counted() -> None:
+    """Of 22 rows, 8 wide, with 12 pre-activations each."""
+    x = random(11, 8, dtype=torch.float32)
+    flops = []
+    for backend in ("segments", "segments_recompute"):
+        layer = build(top_k=2, dtype=torch.float32, backend=backend)
+        flops.append(count_flops(lambda layer=layer: layer(x)[0].sum().backward()))
+    assert flops[1] - flops[0] == 2 * 22 * 8 * 12
 
 
 def test_segments_train_from_several_threads() -> None:

@@ -36,12 +36,14 @@ def test_forward_and_backward(num_rows: int, num_experts: int, num_pools: int) -
         actual = softmax_choice(single := logits.float().requires_grad_(), bias.float(), top_k)
         assert torch.equal(actual[2], wanted[2])
         dprobs, dweights = random(num_rows, num_experts, seed=3), random(num_rows, top_k, seed=4)
-        one_row = random(1, num_experts, seed=5).expand(num_rows, -1)
-        transposed = random(num_experts, num_rows, seed=6).T
+        one_row, transposed = random(1, num_experts, seed=5), random(num_experts, num_rows, seed=6).T
         for dp, dw in [(dprobs, dweights), (dprobs, None), (None, dweights), (one_row, dweights), (transposed, None)]:
             for outputs, scores in ((wanted, exact), (actual, single)):
                 scores.grad = None
-                pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs[:2], (dp, dw), strict=True) if g is not None]
+                # Expanded last: conversion would give every row memory of its own.
+                pairs = [
+                    (o, g.to(o.dtype).expand_as(o)) for o, g in zip(outputs[:2], (dp, dw), strict=True) if g is not None
+                ]
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=True)
             assert exact.grad is not None
             assert single.grad is not None
@@ -85,6 +87,7 @@ def make_routers() -> dict[str, torch.nn.Module]:
         "linear": LinearRouter(12, 19, 2),
         "renormalized": LinearRouter(12, 19, 2, renormalize=True),
         "cosine": CosineRouter(12, 19, 2),
+        "sigmoid": LinearRouter(12, 19, 2, gate="sigmoid"),
         "per_head": PerHeadRouter(12, 80, 4, 2),
     }
 
