@@ -162,18 +162,16 @@ def _peak_in_a_process(name: str, work: Work, dtype: torch.dtype, device: torch.
 
 def _peak(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> int | None:
     """Of both passes of a new layer, without the gradients of its weights."""
-    layer = peak = None
-    try:
-        # A small one first: what libraries set up when they are first used is not the layer's.
-        for size in (Work(Cell(64, 4, 1, 64), 4, 16), work):
-            layer = SUBJECTS[name](size).to(device, dtype)
-            both = _passes(layer, torch.randn(size.num_tokens, size.cell.dim, device=device, dtype=dtype))[1]
-            peak = peak_bytes(both, device)
-    finally:
-        leave_group()
-    if layer is None or peak is None:
-        return None
-    return peak - sum(p.nbytes for p in layer.parameters() if p.grad is not None)
+
+    def measure(size: Work) -> int | None:
+        layer = SUBJECTS[name](size).to(device, dtype)
+        both = _passes(layer, torch.randn(size.num_tokens, size.cell.dim, device=device, dtype=dtype))[1]
+        peak = peak_bytes(both, device)
+        return None if peak is None else peak - sum(p.nbytes for p in layer.parameters() if p.grad is not None)
+
+    # A small one first: what libraries set up when they are first used is not the layer's.
+    measure(Work(Cell(64, 4, 1, 64), 4, 16))
+    return measure(work)
 
 
 def _skew(layer: nn.Module, x_TD: Tensor, skew: float | None) -> dict[str, float]:

@@ -42,7 +42,7 @@ class CompiledLoops:
     def __init__(self) -> None:
         library = ctypes.CDLL(str(_library()))
         here = Path(__file__).parent
-        # Installed in place, the sources may change after they were compiled; a wheel has none.
+        # Installed in place, the sources may change after they were compiled.
         sources = [path.read_bytes() for name in SOURCES if (path := here / name).is_file()]
         if sources and library.mhmoe_checksum() != checksum(sources):
             raise OSError("built from other sources: run pip install again")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +38,26 @@ def reference_for(layer: Layer, num_heads: int | None = None, **options: Any) ->
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_threads_do_not_change(code: str, results: str) -> None:
+    """The tensors ``results`` of ``code`` are the same bit for bit on 1, 2 and 5 threads.
+
+    In a process of its own, which has not started any thread before, and whose threads no later fork misses.
+    """
+    program = (
+        "import torch, hashlib\n"
+        "for number in (1, 2, 5):\n"
+        "    torch.set_num_threads(number)\n"
+        "    generator = torch.Generator().manual_seed(0)\n"
+        f"    {code}\n"
+        f"    digest = hashlib.sha256(b''.join(t.detach().numpy().tobytes() for t in ({results}))).hexdigest()\n"
+        "    print(torch.get_num_threads(), digest)"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    outputs = [line.split() for line in printed.splitlines()]
+    assert [int(number) for number, _ in outputs] == [1, 2, 5]
+    assert len({digest for _, digest in outputs}) == 1
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

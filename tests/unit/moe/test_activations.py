@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +9,7 @@ from torch.nn import functional as F
 
 from mhmoe_vl.moe import compiled
 from mhmoe_vl.moe.activations import activate, activate_backward
-from tests.unit.moe.builders import random, relative_error
+from tests.unit.moe.builders import assert_threads_do_not_change, random, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: Error by norm.
@@ -112,18 +109,9 @@ def test_rounding_to_bfloat16_is_to_nearest_even() -> None:
 
 @needs_loops
 def test_threads_do_not_change_results() -> None:
-    """In a process of its own, which has not started any thread before, and whose threads no later fork misses."""
-    code = (
-        "import torch, hashlib; from mhmoe_vl.moe.activations import activate_backward\n"
-        "for number in (1, 2, 5):\n"
-        "    torch.set_num_threads(number)\n"
-        "    x = torch.randn(67, 1001, generator=torch.Generator().manual_seed(0)); h = torch.empty_like(x)\n"
-        "    w = torch.linspace(0, 1, 67); p = torch.empty_like(w)\n"
-        "    d = activate_backward(torch.ones_like(x), x, w, glu=False, hidden_BF=h, product_B=p, scratch=None)\n"
-        "    digest = hashlib.sha256(b''.join(t.numpy().tobytes() for t in (h, d, p))).hexdigest()\n"
-        "    print(torch.get_num_threads(), digest)"
+    assert_threads_do_not_change(
+        "from mhmoe_vl.moe.activations import activate_backward; x = torch.randn(67, 1001, generator=generator); "
+        "h = torch.empty_like(x); w = torch.linspace(0, 1, 67); p = torch.empty_like(w); d = activate_backward("
+        "torch.ones_like(x), x, w, glu=False, hidden_BF=h, product_B=p, scratch=None)",
+        "h, d, p",
     )
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    outputs = [line.split() for line in printed.splitlines()]
-    assert [int(number) for number, _ in outputs] == [1, 2, 5]
-    assert len({digest for _, digest in outputs}) == 1
