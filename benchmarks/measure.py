@@ -27,12 +27,22 @@ def take_turns(
     repeats: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[], object] = lambda: None,
+    num_warmups: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each pass. All run once in each repeat, so that a busy machine slows all of them alike."""
-    for run in passes.values():
-        run()
+    """Seconds of each pass. All run once in each repeat, so that a busy machine slows all of them alike.
+
+    Args:
+        prepare: called before each repeat, and not timed.
+        num_warmups: repeats before those that are timed.
+    """
+    for _ in range(num_warmups):
+        prepare()
+        for run in passes.values():
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(repeats):
+        prepare()
         for name, run in passes.items():
             _wait(device)
             start = clock()

@@ -2,9 +2,10 @@
 
 The expert layer against its floor: two matmuls of the same FLOPs, ``dim x 4 dim`` and ``4 dim x dim``, into memory that
 is there already. Every backend of ours and every peer does the same work, head and merge layers included, in the same
-run, taking turns; figures are medians of paired ratios to the floor. Beside the time stands what autograd keeps for the
-backward pass and, with ``--peak``, the most memory that both passes use at once beyond input, weights and their
-gradients. Writes a table, a JSON file and a picture.
+run, taking turns; figures are medians of paired ratios to the floor. Inputs are new in every repeat, as loads of
+experts are in every step: a library that compiles a product for each number of rows pays for it. Beside the time stands
+what autograd keeps for the backward pass and, with ``--peak``, the most memory that both passes use at once beyond
+input, weights and their gradients. Writes a table, a JSON file and a picture.
 
 A cell is ``dim,num_experts,top_k,ffn_dim``. ``--skew 3`` gives one expert of our layers three times the mean load. A
 subject that cannot run is left out, with the reason.
@@ -33,6 +34,9 @@ from mhmoe_vl.moe import FeedForward, MoE, MultiHeadMoE, routing_stats
 from mhmoe_vl.moe.experts import BACKENDS
 
 Pass = Callable[[], object]
+
+#: Repeats before those that are timed: with new inputs, one does not show all that a library wants to compile.
+NUM_WARMUPS = 3
 
 
 class Cell(NamedTuple):
@@ -122,8 +126,8 @@ def _cell(text: str) -> Cell:
 def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     work = Work(cell, args.num_heads, args.num_tokens)
-    x_TD = torch.randn(work.num_tokens, cell.dim, device=device, dtype=dtype)
-    floor = _floor(x_TD)
+    x_TD = torch.randn(work.num_tokens, cell.dim, device=device, dtype=dtype, requires_grad=True)
+    floor = _floor(x_TD.detach())
     forward, both = {"floor": floor[0]}, {"floor": floor[1]}
     results: list[dict[str, Any]] = []
     shared = {**cell._asdict(), "dtype": str(dtype).removeprefix("torch.")}
@@ -131,7 +135,7 @@ def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[d
     for name in args.subjects:
         try:
             layer = SUBJECTS[name](work).to(device, dtype)
-            facts[name] = _skew(layer, x_TD, args.skew)
+            facts[name] = _skew(layer, x_TD.detach(), args.skew)
             passes = _passes(layer, x_TD)
             facts[name]["kept_mb"] = saved_bytes(lambda layer=layer: layer(x_TD), layer) / 1e6
             passes[1]()
@@ -143,7 +147,14 @@ def _measure(cell: Cell, dtype: torch.dtype, args: argparse.Namespace) -> list[d
             forward[name], both[name] = passes
     clock = clock_named(args.clock, device)
     for what, passes_of in (("forward", forward), ("forward + backward", both)):
-        seconds = take_turns(passes_of, repeats=args.repeats, device=device, clock=clock)
+        seconds = take_turns(
+            passes_of,
+            repeats=args.repeats,
+            device=device,
+            clock=clock,
+            prepare=x_TD.detach().normal_,
+            num_warmups=NUM_WARMUPS,
+        )
         reference = seconds["floor"]
         results += [
             {**shared, "pass": what, "subject": name, **paired_ratios(times, reference), **facts[name]}
@@ -165,7 +176,8 @@ def _peak(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> in
 
     def measure(size: Work) -> int | None:
         layer = SUBJECTS[name](size).to(device, dtype)
-        both = _passes(layer, torch.randn(size.num_tokens, size.cell.dim, device=device, dtype=dtype))[1]
+        x_TD = torch.randn(size.num_tokens, size.cell.dim, device=device, dtype=dtype, requires_grad=True)
+        both = _passes(layer, x_TD)[1]
         peak = peak_bytes(both, device)
         return None if peak is None else peak - sum(p.nbytes for p in layer.parameters() if p.grad is not None)
 
@@ -216,7 +228,6 @@ def _floor(x_TD: Tensor) -> tuple[Pass, Pass]:
 
 
 def _passes(layer: nn.Module, x_TD: Tensor) -> tuple[Pass, Pass]:
-    x_TD = x_TD.clone().requires_grad_()
     gradient_TD = torch.randn_like(x_TD)
 
     def output() -> Tensor:

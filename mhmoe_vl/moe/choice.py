@@ -15,14 +15,10 @@ from torch import Tensor
 from mhmoe_vl.moe import compiled
 from mhmoe_vl.moe.memory import recycled
 
-#: With fewer experts, a call costs as much as it saves.
-LEAST_EXPERTS = 16
-
 
 def is_faster_for(logits: Tensor) -> bool:
     """Whether :func:`softmax_choice` should take these scores ``[..., E]``."""
-    is_known = compiled.LOOPS is not None and logits.device.type == "cpu" and logits.dtype == torch.float32
-    return is_known and logits.shape[-1] >= LEAST_EXPERTS
+    return compiled.LOOPS is not None and logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def softmax_choice(logits_NE: Tensor, bias_HE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The compiled loops of the CPU engine, on the threads of torch: an extra that may be absent.
 
-``pip install`` builds ``activations.c`` and ``choice.c`` where there is a C compiler. Without them torch's own
+``pip install`` builds the C files beside this one where there is a C compiler. Without them torch's own
 operations do the same, in several passes over memory.
 """
 
@@ -20,14 +20,23 @@ from mhmoe_vl.moe import threads
 #: Fewer values than this are not worth waking other threads for (at::internal::GRAIN_SIZE of torch).
 _GRAIN = 32768
 
-SOURCES = ("activations.c", "choice.c", "vector.h")
+#: As ``GROUP_ROWS`` of ``vector.h``: of sums over rows, each group of so many has its own.
+GROUP_ROWS = 32
+
+SOURCES = ("activations.c", "activations_bfloat16.c", "choice.c", "order.c", "rows.c", "activations.h", "vector.h")
+DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _NUMBER, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_AHEAD = [_POINTER, _NUMBER]
 _ARGUMENTS = {
-    "mhmoe_activate": [_FLAG, _FLAG, _POINTER, _POINTER, _NUMBER, _NUMBER],
-    "mhmoe_activate_backward": [_FLAG, _FLAG, *[_POINTER] * 6, _NUMBER, _NUMBER],
+    "mhmoe_activate": [_FLAG, _FLAG, *[_POINTER] * 3, *[_NUMBER] * 2, *_AHEAD],
+    "mhmoe_activate_backward": [_FLAG, _FLAG, *[_POINTER] * 8, *[_NUMBER] * 2, *_AHEAD],
     "mhmoe_choose": [*[_POINTER] * 5, *[_NUMBER] * 4],
     "mhmoe_choose_backward": [_POINTER, _POINTER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 3],
+    "mhmoe_gather": [_FLAG, *[_POINTER] * 7, *[_NUMBER] * 3, *_AHEAD],
+    "mhmoe_sort": [*[_POINTER] * 5, *[_NUMBER] * 2],
+    "mhmoe_scatter": [_FLAG, *[_POINTER] * 5, *[_NUMBER] * 2],
+    "mhmoe_sum_parts": [_FLAG, *[_POINTER] * 2, *[_NUMBER] * 3],
 }
 
 
@@ -85,3 +94,18 @@ def _load() -> tuple[CompiledLoops | None, str]:
 
 #: None where they cannot be used; the reason is in :data:`STATE`.
 LOOPS, STATE = _load()
+
+
+def loops_for(dtype: torch.dtype) -> CompiledLoops | None:
+    """Those that work on values of this dtype in memory, and with weights and sums in float32."""
+    return LOOPS if dtype in DTYPES else None
+
+
+def ahead(tensor: Tensor | None) -> list[Tensor | int | None]:
+    """Arguments for memory that is needed next: some functions fetch it while they work on something else."""
+    return [None, 0] if tensor is None else [tensor, tensor.nbytes]
+
+
+def num_groups(num_rows: int) -> int:
+    """Of rows whose sums are taken apart, so that they do not depend on threads."""
+    return -(-num_rows // GROUP_ROWS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhmoe_vl.moe.order import sort_choices
 from mhmoe_vl.moe.routing import Routing
 
 
@@ -139,14 +140,7 @@ def sort_by_expert(routing: Routing, keep_NK: Tensor | None) -> Assignment:
     experts_NK = routing.experts_NK
     if served_NK is not None:
         experts_NK = torch.where(served_NK, experts_NK, num_experts)
-    # Narrow integers sort much faster on CPU.
-    dtype = torch.int16 if num_experts < 2**15 else torch.int64
-    sorted_A, order_A = experts_NK.flatten().to(dtype).sort(stable=True)
-    # Not bincount, which waits for the device to learn its largest value.
-    ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=order_A.device, dtype=dtype), right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    slot_A = torch.empty_like(order_A)
-    slot_A[order_A] = torch.arange(order_A.numel(), device=order_A.device)
+    order_A, slot_A, counts_E = sort_choices(experts_NK.flatten(), num_experts)
     return Assignment(order_A, counts_E, slot_A.view(-1, top_k), routing.replace(kept_NK=served_NK))
 
 

@@ -87,12 +87,12 @@ class RecycledMemory:
 
 
 class Workspace:
-    """Scratch tensors, by name and dtype, that grow to the largest size asked for and stay in cache."""
+    """Scratch tensors, by name, width and dtype, that grow to the most rows asked for and stay in cache."""
 
     _idle: ClassVar[deque[Workspace]] = deque()
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     @classmethod
     @contextmanager
@@ -110,10 +110,10 @@ class Workspace:
 
     def __call__(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """``[num_rows, width]``, with arbitrary values; another call of the same name takes it over."""
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < num_rows * width:
-            buffer = self._buffers[name, dtype] = torch.empty(num_rows * width, dtype=dtype, device="cpu")
-        return buffer[: num_rows * width].view(num_rows, width)
+        buffer = self._buffers.get((name, width, dtype))
+        if buffer is None or buffer.shape[0] < num_rows:
+            buffer = self._buffers[name, width, dtype] = torch.empty(num_rows, width, dtype=dtype, device="cpu")
+        return buffer[:num_rows]
 
 
 recycled = RecycledMemory()

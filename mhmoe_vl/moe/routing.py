@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mhmoe_vl.moe.choice import is_faster_for, softmax_choice
 from mhmoe_vl.moe.local import local_part
+from mhmoe_vl.moe.scores import router_scores
 
 ROUTERS = ("linear", "cosine")
 
@@ -167,7 +168,8 @@ class LinearRouter(_Router):
     def forward(self, x_ND: Tensor) -> Routing:
         with _no_autocast(x_ND):
             dtype = router_dtype(x_ND)
-            logits_NE = x_ND.to(dtype) @ self.weight_DE.to(dtype)
+            weight_DE = self.weight_DE.to(dtype)
+            logits_NE = router_scores(x_ND, weight_DE) if x_ND.device.type == "cpu" else x_ND.to(dtype) @ weight_DE
             return self.select(logits_NE, logits_NE, self.selection_bias_E)
 
 

@@ -1,4 +1,4 @@
-/* What the compiled loops of the CPU engine share: bits of floats, an exponential, instruction sets, threads.
+/* What the compiled loops of the CPU engine share: floats and their bits, an exponential, instruction sets, threads.
 
    Plain C without Python or torch, so that it builds in a second wherever there is a compiler. No branches in the
    functions below: loops over them become vector instructions. */
@@ -29,6 +29,19 @@ INLINE uint32_t to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+
+/* Values in memory are of type T_t; all calculate in float. */
+typedef float float_t;
+typedef uint16_t bfloat16_t;
+
+INLINE float load_float(const float *p) { return *p; }
+INLINE void store_float(float *p, float value) { *p = value; }
+INLINE float load_bfloat16(const uint16_t *p) { return from_bits((uint32_t)*p << 16); }
+INLINE void store_bfloat16(uint16_t *p, float value) {
+    uint32_t bits = to_bits(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    *p = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
 /* exp(x) for x <= 88, as 2^n exp(r) with |r| <= ln(2) / 2; 0 below -87. Right to 2 units in the last place. */
@@ -67,6 +80,38 @@ INLINE float exponential(float x) {
 #define OF_THIS_CPU(name) name##_any
 #endif
 
+/* Memory that is needed next, weights of an expert, is fetched from far away bit by bit while other work goes on: part
+   by part, each of so many cache lines. */
+#define CACHE_LINE 64
+
+typedef struct {
+    const char *start;
+    int64_t num_lines, num_lines_per_part;
+} ahead_t;
+
+INLINE ahead_t in_parts(const void *start, int64_t num_bytes, int64_t num_parts) {
+    int64_t num_lines = num_parts > 0 ? (num_bytes + CACHE_LINE - 1) / CACHE_LINE : 0;
+    return (ahead_t){(const char *)start, num_lines, num_lines ? (num_lines + num_parts - 1) / num_parts : 0};
+}
+
+INLINE void fetch(const char *line) {
+#ifdef __GNUC__
+    __builtin_prefetch(line, 0, 2);
+#else
+    (void)line;
+#endif
+}
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE void fetch_part(const ahead_t *ahead, int64_t part) {
+    int64_t first = part * ahead->num_lines_per_part, end = smaller(first + ahead->num_lines_per_part, ahead->num_lines);
+    for (int64_t line = first; line < end; line++) fetch(ahead->start + line * CACHE_LINE);
+}
+
+/* Sums over rows are taken in groups of this many, whose sums are added up afterwards: so they do not depend on threads. */
+#define GROUP_ROWS 32
+
 /* Rows on the threads of torch's own OpenMP runtime, which are handed over by address: a second runtime would compete
    with it. */
 typedef void (*rows_t)(const void *work, int64_t start, int64_t stop);
@@ -85,13 +130,13 @@ typedef struct {
     const openmp_t *openmp;
 } team_t;
 
-static void run_member(void *argument) {
+static inline void run_member(void *argument) {
     const team_t *team = (const team_t *)argument;
     int64_t number = team->openmp->thread(), total = team->openmp->num_team_threads();
     team->rows(team->work, team->num_rows * number / total, team->num_rows * (number + 1) / total);
 }
 
-static void for_rows(rows_t rows, const void *work, int64_t num_rows, int num_threads, const openmp_t *openmp) {
+static inline void for_rows(rows_t rows, const void *work, int64_t num_rows, int num_threads, const openmp_t *openmp) {
     team_t team = {work, rows, num_rows, openmp};
     if (num_threads > 1)
         openmp->parallel(run_member, &team, (unsigned)num_threads, 0);

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from mhmoe_vl.moe import MoE, MultiHeadMoE
+from mhmoe_vl.moe import MoE, MultiHeadMoE, compiled
 from tests.unit.moe.reference import Reference
 
 Layer = MoE | MultiHeadMoE
+
+needs_loops = pytest.mark.skipif(compiled.LOOPS is None, reason=compiled.STATE)
 
 
 def build(num_heads: int | None = None, *, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Layer:

@@ -1,4 +1,7 @@
-"""Without a GPU, Triton's kernels run in its interpreter (tests/conftest.py switches it on)."""
+"""Triton's interpreter, mended, and the CPU engine with and without its compiled part.
+
+Without a GPU, Triton's kernels run in the interpreter (tests/conftest.py switches it on).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from mhmoe_vl.moe import compiled
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
@@ -39,3 +44,13 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_index)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU engine with its compiled loops, and as where they were not built."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "LOOPS", None)
+    elif compiled.LOOPS is None:
+        pytest.skip(compiled.STATE)
+    return str(request.param)

@@ -117,16 +117,15 @@ def test_the_operation_is_what_torch_expects_of_one() -> None:
     torch.library.opcheck(torch.ops.mhmoe_vl.softmax_choice.default, (logits, bias, 2), test_utils=tests)
 
 
-@pytest.mark.parametrize(("num_experts", "uses_it"), [(15, False), (16, True)])
-def test_layers_use_it_for_many_experts(num_experts: int, uses_it: bool) -> None:
-    _, routing = MultiHeadMoE(8, 8, num_experts, 2)(random(3, 8, dtype=torch.float32))
-    assert ("softmax_choice" in type(routing.balance_probs_NE.grad_fn.next_functions[0][0]).__name__) == uses_it
+def test_layers_use_it() -> None:
+    _, routing = MultiHeadMoE(8, 8, 3, 2)(random(3, 8, dtype=torch.float32))
+    assert "softmax_choice" in type(routing.balance_probs_NE.grad_fn.next_functions[0][0]).__name__
 
 
 def test_threads_do_not_change_results() -> None:
     assert_threads_do_not_change(
         "from mhmoe_vl.moe.choice import softmax_choice; "
-        "x = torch.randn(6007, 41, generator=generator).requires_grad_(); "
-        "p, w, e = softmax_choice(x, torch.zeros(1, 41), 2); (p.square().sum() + w.sum()).backward()",
+        "x = torch.randn(6007, 141, generator=generator).requires_grad_(); "
+        "p, w, e = softmax_choice(x, torch.zeros(1, 141), 2); (p.square().sum() + w.sum()).backward()",
         "p, w, e, x.grad",
     )

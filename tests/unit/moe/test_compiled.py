@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_vl.moe import MultiHeadMoE, compiled
-
-needs_loops = pytest.mark.skipif(compiled.LOOPS is None, reason=compiled.STATE)
+from tests.unit.moe.builders import needs_loops
 
 
 def test_explain_says_whether_there_is_one() -> None:
