@@ -72,8 +72,8 @@ def _gather(
 def scatter(x_BD: Tensor, bias_D: Tensor | None, weight_B: Tensor | None, number_B: Tensor, *, out: Tensor) -> None:
     """``out[number[b]] = weight[b] * (x[b] + bias)``, for as many rows as have numbers; all contiguous."""
     if (loops := compiled.loops_for(x_BD.dtype)) is not None:
-        arguments = [x_BD.dtype == torch.bfloat16, x_BD, bias_D, weight_B, number_B, out, len(number_B), x_BD.shape[1]]
-        loops("mhmoe_scatter", arguments, num_values=x_BD.numel())
+        arguments: list[Tensor | int | None] = [x_BD.dtype == torch.bfloat16, x_BD, bias_D, weight_B, number_B, out]
+        loops("mhmoe_scatter", [*arguments, len(number_B), x_BD.shape[1]], num_values=x_BD.numel())
         return
     x_BD = x_BD[: len(number_B)]
     if bias_D is not None:
