@@ -203,7 +203,7 @@ def _differentiate(ctx, dy_ND, *_):  # type: ignore[no-untyped-def]
     if dy_ND is None:
         return (None,) * 10
     *_, b1_EH, _, b2_ED, _ = saved = ctx.saved_tensors
-    dx_ND, dweights_NK, dw1, db1, dw2, db2 = _backward(dy_ND.contiguous(), *saved, ctx.glu)
+    dx_ND, dweights_NK, dw1, db1, dw2, db2 = _backward(dy_ND, *saved, ctx.glu)
     db1, db2 = db1 if b1_EH is not None else None, db2 if b2_ED is not None else None
     return dx_ND, None, None, dweights_NK, dw1, db1, dw2, db2, None, None
 
