@@ -28,10 +28,11 @@ from mhmoe_vl.moe.activations import activate, activate_backward
 from mhmoe_vl.moe.memory import Workspace, recycled
 from mhmoe_vl.moe.rows import gather, gather_gradient, scatter, sum_parts
 
-#: Rows of one block: enough for a matmul at full speed, few enough that the block's hidden activations stay in cache.
-BLOCK_ROWS = 512
+#: Rows of one block, by bytes per value: enough for a matmul at full speed, few enough that the block's hidden
+#: activations stay in cache. In 16 bits matmuls are so fast that threads wait for each other between smaller ones.
+BLOCK_ROWS = {8: 512, 4: 512, 2: 2048}
 #: In 16 bits, sums over blocks would be rounded each time: where there are sums, blocks have up to so many rows.
-BLOCK_ROWS_OF_SUMS = {8: BLOCK_ROWS, 4: BLOCK_ROWS, 2: 8192}
+BLOCK_ROWS_OF_SUMS = BLOCK_ROWS | {2: 8192}
 
 
 def segment_moe(
@@ -97,7 +98,7 @@ def _forward(
             y_BD = torch.mm(hidden_BF, w2[expert], out=x_BD)
             scatter(y_BD, b2[expert], weight_A[start:stop], order_A[start:stop], out=y_AD)
 
-    segments, end = _segments(counts_E, dtype, BLOCK_ROWS)
+    segments, end = _segments(counts_E, dtype, BLOCK_ROWS[dtype.itemsize])
     _for_each([[block] for segment in segments for block in segment], run)
     y_AD[order_A[end:]] = 0
     return _sum_choices(y_AD, weights_NK.shape), pre_PH

@@ -209,7 +209,7 @@ def segment_gradients(experts: Experts, rows: Tensor, counts: Tensor, probe: Ten
 @pytest.mark.parametrize("bias", [False, True])
 def test_segments_of_many_blocks(monkeypatch: pytest.MonkeyPatch, glu: bool, bias: bool) -> None:
     """Weight gradients add up over the blocks of an expert, and leftovers of earlier calls do not show."""
-    monkeypatch.setattr("mhmoe_vl.moe.segments.BLOCK_ROWS", 3)
+    monkeypatch.setattr("mhmoe_vl.moe.segments.BLOCK_ROWS", {8: 3})
     monkeypatch.setattr("mhmoe_vl.moe.segments.BLOCK_ROWS_OF_SUMS", {8: 4})
     torch.manual_seed(0)
     experts = Experts(4, 8, 12, glu=glu, bias=bias).double()

@@ -107,7 +107,7 @@ def test_blocks_and_threads_equal_the_loop(
         try:
             torch.set_num_threads(num_threads)
             with (
-                patch("mhmoe_vl.moe.segments.BLOCK_ROWS", block_rows),
+                patch("mhmoe_vl.moe.segments.BLOCK_ROWS", {8: block_rows}),
                 patch("mhmoe_vl.moe.segments.BLOCK_ROWS_OF_SUMS", {8: 8 - block_rows}),
             ):
                 y, _ = layer(leaf, is_valid)

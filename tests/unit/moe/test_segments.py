@@ -131,7 +131,7 @@ def test_blocks_of_both_passes_share_their_places(dtype: torch.dtype) -> None:
     for largest in (1, 3, 70, 600, 3000, 30_000):
         counts = torch.randint(0, largest + 1, (9,), generator=generator)
         places = []
-        for block_rows in (segments.BLOCK_ROWS, segments.BLOCK_ROWS_OF_SUMS[dtype.itemsize]):
+        for block_rows in (segments.BLOCK_ROWS[dtype.itemsize], segments.BLOCK_ROWS_OF_SUMS[dtype.itemsize]):
             found, end = segments._segments(counts, dtype, block_rows)
             blocks = [block for segment in found for block in segment]
             assert [a for b in blocks for a in range(b.start, b.stop)] == list(range(end))
