@@ -2,7 +2,7 @@
 # From nothing to a report on two CPU cores: sample data, shards, tokenizers, pretraining, three fine-tunings, three
 # evaluations. Every line is the command that real data take too (docs/real_data.md).
 #
-#   bash quickstart.sh          7.7 minutes, in other hours up to a third more, 2.8 GB on two cores (docs/EXPERIMENTS.md)
+#   bash quickstart.sh          5.8 to 7.7 minutes, in other hours up to a third more, 2.8 GB on two cores (docs/EXPERIMENTS.md)
 #   SHORT=1 bash quickstart.sh  every step, a few training steps each: for CI, scores mean nothing
 #   ONLY_DATA=FOLDER bash quickstart.sh  stops when the data are in FOLDER, which is made anew
 set -euo pipefail

@@ -18,7 +18,7 @@ from mhmoe_vl.moe.segments import segment_moe
 from tests.unit.moe.builders import random
 
 #: Error by norm, as a part of the values' own and of ones'.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
 def plain(
@@ -60,7 +60,7 @@ def poisoned() -> Iterator[None]:
     Workspace._idle.clear()
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     num_rows=st.integers(1, 24),
