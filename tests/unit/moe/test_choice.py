@@ -22,7 +22,7 @@ def expected(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("num_pools", [1, 3])
-@pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 9, 16, 41, 169])
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 9, 16, 41, 64, 65, 169])
 @pytest.mark.parametrize("num_rows", [0, 1, 900])
 def test_forward_and_backward(num_rows: int, num_experts: int, num_pools: int) -> None:
     """Scores of few and of many experts, on one and on several threads; all gradients, one of them, expanded ones."""
@@ -53,8 +53,8 @@ def test_forward_and_backward(num_rows: int, num_experts: int, num_pools: int) -
 
 
 def test_ties_go_to_the_lowest_number() -> None:
-    """Equal scores in several lanes, and in the rest behind the last whole group of lanes."""
-    for num_experts in (3, 8, 21):
+    """Rows side by side, and of many experts one by one: in several lanes, and in the rest behind the last of them."""
+    for num_experts in (3, 8, 21, 64, 65, 101):
         _, _, experts = softmax_choice(torch.zeros(4, num_experts), torch.zeros(1, num_experts), 3)
         assert experts.tolist() == [[0, 1, 2]] * 4
         bias = torch.zeros(1, num_experts)
@@ -63,17 +63,30 @@ def test_ties_go_to_the_lowest_number() -> None:
         assert experts.tolist() == [[num_experts - 2, num_experts - 1, 0]] * 4
 
 
+@pytest.mark.parametrize("num_experts", [19, 83])
 @pytest.mark.parametrize("top_k", [1, 2, 5, 19])
-def test_coarse_scores_equal_a_stable_sort(top_k: int) -> None:
-    bias = torch.randint(0, 4, (300, 19), generator=torch.Generator().manual_seed(0)).float()
-    wanted = [sorted(range(19), key=lambda e: (-row[e], e))[:top_k] for row in bias.tolist()]
-    assert softmax_choice(torch.zeros(300, 19), bias, top_k)[2].tolist() == wanted
+def test_coarse_scores_equal_a_stable_sort(top_k: int, num_experts: int) -> None:
+    bias = torch.randint(0, 4, (300, num_experts), generator=torch.Generator().manual_seed(0)).float()
+    wanted = [sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k] for row in bias.tolist()]
+    assert softmax_choice(torch.zeros(300, num_experts), bias, top_k)[2].tolist() == wanted
 
 
-def test_large_scores_and_nan() -> None:
+@pytest.mark.parametrize("num_experts", [5, 70])
+def test_experts_that_are_ruled_out_come_last(num_experts: int) -> None:
+    """A bias of minus infinity leaves one expert; then the others in the order of their numbers."""
+    bias = torch.full((1, num_experts), -torch.inf)
+    bias[0, 3] = 0
+    _, _, experts = softmax_choice(torch.zeros(20, num_experts), bias, 2)
+    assert experts.tolist() == [[3, 0]] * 20
+
+
+@pytest.mark.parametrize("num_others", [0, 70])
+def test_large_scores_and_nan(num_others: int) -> None:
+    """With others of no probability, too, which make them many."""
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, -1e30, -2e30], [1.0, torch.nan, 2.0], [-torch.inf, 0.0, 0.0]])
-    probs, weights, experts = softmax_choice(logits, torch.zeros(1, 3), 1)
-    assert probs[[0, 1, 3]].tolist() == [[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]]
+    logits = torch.cat([logits, torch.full((4, num_others), -torch.inf)], 1)
+    probs, weights, experts = softmax_choice(logits, torch.zeros(1, 3 + num_others), 1)
+    assert probs[[0, 1, 3], :3].tolist() == [[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]]
     assert experts.flatten().tolist() == [0, 0, 0, 1], "any number for NaN, if it is one of an expert"
     assert probs[2].isnan().all()
     assert weights.flatten().isnan().tolist() == [False, False, True, False]

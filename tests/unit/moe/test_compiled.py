@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,9 @@ def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert compiled._load()[0] is not None
     monkeypatch.setattr(compiled, "checksum", lambda sources: sum(map(len, sources)))
     assert compiled._load() == (None, "loops not compiled (built from other sources: run pip install again)")
+
+
+def test_both_sides_take_sums_over_the_same_groups_of_rows() -> None:
+    """Python makes the room that C fills."""
+    header = (Path(compiled.__file__).parent / "vector.h").read_text()
+    assert re.findall(r"#define GROUP_ROWS (\d+)", header) == [str(compiled.GROUP_ROWS)]
