@@ -8,8 +8,6 @@ Shape suffixes: N rows, D row width, E experts, B rows of one block, G groups of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -42,7 +40,8 @@ def _score(x_ND: Tensor, weight_DE: Tensor) -> Tensor:
         block = slice(start, min(start + block_rows, num_rows))
         torch.mm(_widened(x_ND[block], dtype, work), weight_DE, out=logits_NE[block])
 
-    _for_each(range(0, num_rows, block_rows), run)
+    starts = range(0, num_rows, block_rows)
+    threads.for_each(starts, [1] * len(starts), run)
     return logits_NE
 
 
@@ -70,7 +69,8 @@ def _backward(dlogits_NE: Tensor, x_ND: Tensor, weight_DE: Tensor) -> tuple[Tens
             else:
                 dx_ND[block] = torch.mm(dlogits_BE, weight_DE.T, out=x_BD)
 
-    _for_each(range(0, num_rows, GROUP_ROWS), run)
+    starts = range(0, num_rows, GROUP_ROWS)
+    threads.for_each(starts, [1] * len(starts), run)
     return dx_ND, dweight_GDE.sum(0)
 
 
@@ -108,12 +108,3 @@ def _widened(x_BD: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:
     if x_BD.dtype == dtype:
         return x_BD
     return work("rows of a router", x_BD.shape[0], x_BD.shape[1], dtype).copy_(x_BD)
-
-
-def _for_each(starts: range, run: Callable[[int, Workspace], None]) -> None:
-    if threads.can_share([1] * len(starts)):
-        threads.share(starts, run)
-        return
-    with Workspace.borrow() as workspace:
-        for start in starts:
-            run(start, workspace)

@@ -315,14 +315,7 @@ def _sum_choices(y_AD: Tensor, shape_NK: torch.Size) -> Tensor:
 
 
 def _for_each(segments: list[Segment], run: Callable[[Segment, Workspace], None]) -> None:
-    sizes = [segment[-1].stop - segment[0].start for segment in segments]
-    if threads.can_share(sizes):
-        # The largest first: what is left at the end should be small.
-        threads.share([segment for _, segment in sorted(zip(sizes, segments, strict=True), reverse=True)], run)
-        return
-    with Workspace.borrow() as workspace:
-        for segment in segments:
-            run(segment, workspace)
+    threads.for_each(segments, [segment[-1].stop - segment[0].start for segment in segments], run)
 
 
 def _accumulate_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

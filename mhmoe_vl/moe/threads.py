@@ -111,3 +111,16 @@ def share(tasks: Sequence[TaskT], function: Callable[[TaskT, Workspace], None]) 
                 function(task, workspace)
 
     OPENMP.run(member, min(torch.get_num_threads(), len(tasks)))
+
+
+def for_each(tasks: Sequence[TaskT], sizes: Sequence[int], function: Callable[[TaskT, Workspace], None]) -> None:
+    """``function(task, workspace)`` for all tasks: each on a thread of its own if their sizes allow it, else one after
+    the other, so that all threads share what a task calls."""
+    if can_share(sizes):
+        # The largest first: what is left at the end should be small.
+        order = sorted(range(len(tasks)), key=lambda number: sizes[number], reverse=True)
+        share([tasks[number] for number in order], function)
+        return
+    with Workspace.borrow() as workspace:
+        for task in tasks:
+            function(task, workspace)
